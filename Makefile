@@ -1,0 +1,28 @@
+# A virtual environment in .venv is made on first use; set VENV to use yours.
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+
+.PHONY: demo test lint docs clean
+
+demo: $(VENV)/installed
+	$(PYTHON) benchmarks/demo.py
+
+test: $(VENV)/installed
+	$(PYTHON) -m pytest
+
+lint: $(VENV)/installed
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+docs: $(VENV)/installed
+	$(PYTHON) -m pip install --quiet -e '.[docs]'
+	$(PYTHON) -m sphinx -W --keep-going docs docs/_build/html
+
+$(VENV)/installed: pyproject.toml
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install --quiet -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs docs/_build

@@ -1,0 +1,334 @@
+"""Layers of the networks, each safe under forward-mode AD, eager and compiled (Sec. 4.1)."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as nnF
+from torch import Tensor, nn
+
+from sclightning.ops import conv2d, linear
+
+
+class PositionalEmbedding(nn.Module):
+    r"""Positional embedding of the time itself, with no factor 1000 in front (Sec. 4.1).
+
+    Frequencies are :math:`10^{4\,\cdot\,(-k/(n-1))}`, k = 0 … n-1, n half the channels: smooth in t, unlike Fourier
+    features of large scale, and so is the tangent of a network that starts with it.
+
+    Args:
+        channels: Width of the embedding, even.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        if channels < 4 or channels % 2:
+            raise ValueError(f"A positional embedding has {channels} channels; it needs an even number from 4 up.")
+        self.half = channels // 2
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embed times (B,) as (B, channels) in float32 or wider, of mean square 1/2."""
+        # Not a buffer: a module in half precision would round the frequencies.
+        k = torch.arange(self.half, dtype=t.dtype, device=t.device)
+        angles = t[:, None] * 10_000 ** (-k / (self.half - 1))
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation whose affine part is an explicit multiplication and addition.
+
+    ``nn.GroupNorm`` inside ``torch.func.jvp`` inside ``torch.compile`` fails (pytorch#160508, #197090).
+
+    Args:
+        channels: Number of channels; groups are of 4 channels at least and 32 in number at most.
+        eps: Added to the variance.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-6):
+        super().__init__()
+        self.groups = math.gcd(min(32, max(channels // 4, 1)), channels)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, C, H, W) over groups of channels and all positions, in float32 or wider."""
+        grouped = x.unflatten(1, (self.groups, -1)).flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+        centred = grouped - grouped.mean(2, keepdim=True)
+        y = centred * torch.rsqrt(centred.square().mean(2, keepdim=True) + self.eps)
+        y = y.view(x.shape) * self.weight[:, None, None] + self.bias[:, None, None]
+        return y.to(x.dtype)
+
+
+def pixel_norm(x: Tensor, eps: float = 1e-8) -> Tensor:
+    r"""Pixel normalisation :math:`x / \sqrt{\mathrm{mean}_c\,x^2 + \epsilon}` over dimension 1 (PGGAN; Sec. 4.1).
+
+    The norm is taken in float32 or wider: half precision has no 1e-8, and no square of 256. Only ``x`` and the norms
+    are kept for the backward pass.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
+    return x * torch.rsqrt(norm.square() / x.shape[1] + eps).to(x.dtype)
+
+
+class LabelEmbedding(nn.Module):
+    """Linear embedding of class labels; label -1 embeds to zero, which is how a label is dropped for guidance.
+
+    Args:
+        num_classes: Number of classes.
+        channels: Width of the embedding.
+    """
+
+    def __init__(self, num_classes: int, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_classes, channels))
+
+    def forward(self, label: Tensor) -> Tensor:
+        """Embed labels (B,) of int64 in [-1, num_classes) as (B, channels)."""
+        return self.weight[label.clamp_min(0)] * (label >= 0).to(self.weight.dtype)[:, None]
+
+
+class AdaptiveWeight(nn.Module):
+    r"""Adaptive weight :math:`w_\phi(t)` of the objective (Sec. 4.1, App. D), a linear map of the positional embedding.
+
+    With an L2-normalised tangent it must come to about :math:`\log D` (8 for CIFAR-10), flat in t: hence the bias.
+
+    Args:
+        channels: Width of the embedding.
+    """
+
+    def __init__(self, channels: int = 128):
+        super().__init__()
+        self.embedding = PositionalEmbedding(channels)
+        self.linear = nn.Linear(channels, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Weight of each time (B,), in float32."""
+        # No linear: autocast would make it one of half precision.
+        return (self.embedding(t) * self.linear.weight.float()).sum(1) + self.linear.bias.float()
+
+
+def check_inputs(network: nn.Module, x: Tensor, t: Tensor, label: Tensor | None, guidance: Tensor | None) -> None:
+    """Refuse inputs that break the contract of a backbone, in one sentence.
+
+    Args:
+        network: Has the attributes ``resolution``, ``in_channels``, ``num_classes`` and ``guidance``.
+        x: Noisy images, shape (B, in_channels, resolution, resolution).
+        t: Times in radians, shape (B,), float32 or float64.
+        label: Class labels, shape (B,), int64 in [-1, num_classes).
+        guidance: Guidance scales, shape (B,).
+
+    Raises:
+        TypeError: If ``x``, ``t`` or ``label`` has the wrong dtype.
+        ValueError: If a shape is wrong, a label out of range, or a condition missing or superfluous.
+    """
+    expected = (network.in_channels, network.resolution, network.resolution)
+    if x.shape[1:] != expected:
+        raise ValueError(
+            f"The network takes images of shape {expected}, not {tuple(x.shape[1:])}; "
+            "set in_channels and resolution to those of the data."
+        )
+    weight = next(network.parameters())
+    if x.dtype == torch.float64 != weight.dtype:
+        raise TypeError(
+            f"Images are float64 but the network's weights are {weight.dtype}; "
+            "pass float32 images, or convert the network with .double()."
+        )
+    if t.dtype not in (torch.float32, torch.float64) or t.shape != x.shape[:1]:
+        raise (TypeError if t.shape == x.shape[:1] else ValueError)(
+            f"Times are {t.dtype} of shape {tuple(t.shape)}; "
+            f"pass float32 radians of shape ({len(x)},), one per image, whatever the network's precision."
+        )
+    if (guidance is not None) != network.guidance:
+        raise ValueError(
+            f"The network was made with guidance={network.guidance}, but guidance was "
+            f"{'missing' if network.guidance else 'given'}; pass a scale per sample exactly if it was."
+        )
+    if label is None:
+        return
+    if not network.num_classes:
+        raise ValueError("The network has num_classes=0, but labels were given; set num_classes or drop them.")
+    if label.dtype != torch.int64 or label.shape != x.shape[:1]:
+        raise (TypeError if label.shape == x.shape[:1] else ValueError)(
+            f"Labels are {label.dtype} of shape {tuple(label.shape)}; pass int64 of shape ({len(x)},), one per image."
+        )
+    # Only on the CPU: elsewhere looking at the values would make the host wait (there the lookup itself fails).
+    if label.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = label[(label < -1) | (label >= network.num_classes)]
+        if len(wrong):
+            raise ValueError(
+                f"Label {wrong[0].item()} is out of range; labels are -1 (none) to {network.num_classes - 1} "
+                "for this network, so set num_classes to that of the data."
+            )
+
+
+def load_renamed(
+    network: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    rename: Callable[[str], str | None],
+    convert: Callable[[str, Tensor], Tensor],
+) -> list[str]:
+    """Copy weights that go by other names; what ``state_dict`` has beyond them is ignored.
+
+    Args:
+        network: Network to fill.
+        state_dict: Tensors by their names.
+        rename: Maps a parameter's name to the one in ``state_dict``, or to None where it has no counterpart.
+        convert: Maps (parameter's name, tensor) to the tensor in the network's layout.
+
+    Returns:
+        Names of the parameters without counterpart, which stay as they are.
+
+    Raises:
+        ValueError: If a tensor is missing or of another shape; nothing is copied then.
+    """
+    tensors, kept = {}, []
+    for name, parameter in network.named_parameters():
+        theirs = rename(name)
+        if theirs is None:
+            kept.append(name)
+        elif theirs not in state_dict:
+            raise ValueError(
+                f"The state dict has no {theirs}, the counterpart of {name}; "
+                "it must be that of a network with the same resolutions, blocks and conditions."
+            )
+        else:
+            tensors[name] = convert(name, state_dict[theirs].detach())
+            if tensors[name].shape != parameter.shape:
+                raise ValueError(
+                    f"{theirs} gives a shape of {tuple(tensors[name].shape)} for {name}, expected "
+                    f"{tuple(parameter.shape)}; make the network with the size of the published one."
+                )
+    network.load_state_dict(tensors, strict=False)
+    return kept
+
+
+def num_heads(channels: int, head_channels: int) -> int:
+    """Heads of attention over ``channels``.
+
+    Raises:
+        ValueError: If the channels do not divide into heads.
+    """
+    if channels % head_channels:
+        raise ValueError(
+            f"Attention over {channels} channels does not divide into heads of {head_channels}; choose head_channels "
+            "that divides channels times every entry of channel_mult with attention."
+        )
+    return channels // head_channels
+
+
+def resample(x: Tensor, mode: Literal["down", "up"] | None) -> Tensor:
+    """Halve images (B, C, H, W) by averaging 2x2 pixels, double them by repeating pixels, or leave them."""
+    if mode == "down":
+        return nnF.avg_pool2d(x, 2)
+    if mode == "up":
+        return nnF.interpolate(x, scale_factor=2, mode="nearest")
+    return x
+
+
+def mp_silu(x: Tensor) -> Tensor:
+    r"""Magnitude-preserving SiLU, :math:`\mathrm{silu}(x)/0.596`: unit mean square for x ~ N(0, 1) (EDM2, Eq. 81)."""
+    return nnF.silu(x) / 0.596
+
+
+def mp_sum(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    r"""Magnitude-preserving sum :math:`((1-w)\,a + w\,b)/\sqrt{(1-w)^2 + w^2}` (EDM2, Eq. 88).
+
+    Args:
+        a: Main path, of unit mean square.
+        b: Branch of the same shape, of unit mean square and uncorrelated with ``a``.
+        weight: Share w of the branch, in [0, 1].
+    """
+    norm = math.hypot(1 - weight, weight)
+    return a * ((1 - weight) / norm) + b * (weight / norm)
+
+
+def mp_cat(a: Tensor, b: Tensor) -> Tensor:
+    """Magnitude-preserving concatenation over dimension 1; both weigh the same whatever their width (EDM2, Eq. 103)."""
+    n_a, n_b = a.shape[1], b.shape[1]
+    half = math.sqrt((n_a + n_b) / 2)
+    return torch.cat([a * (half / math.sqrt(n_a)), b * (half / math.sqrt(n_b))], dim=1)
+
+
+class MPWeight(nn.Module):
+    r"""A weight whose rows (one per output) have unit norm where they are used (EDM2, Eq. 47).
+
+    The stored weight is normalised in the forward pass, with gradient; :meth:`normalize_weight` also rewrites it after
+    each optimizer step, so that the effective learning rate does not decay as the weight grows (EDM2, Eq. 66). That is
+    not done in the forward pass, where a copy in place would break forward-mode AD.
+
+    Args:
+        shape: Shape of the weight, outputs first.
+    """
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape))
+        self.normalize_weight()
+
+    @torch.no_grad()
+    def normalize_weight(self) -> None:
+        """Forced weight normalisation: rescale each row of the stored weight to unit mean square."""
+        self.weight.copy_(_unit_mean_square(self.weight))
+
+    def effective_weight(self, dtype: torch.dtype) -> Tensor:
+        """Weight of unit-norm rows, computed in float32 or wider, in ``dtype``."""
+        return (_unit_mean_square(self.weight) * self.weight[0].numel() ** -0.5).to(dtype)
+
+
+class MPLinear(MPWeight):
+    """Magnitude-preserving linear map without bias.
+
+    Args:
+        c_in: Input features.
+        c_out: Output features.
+    """
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__(c_out, c_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, c_in) to (B, c_out)."""
+        return linear(x, self.effective_weight(x.dtype))
+
+
+class MPLabelEmbedding(MPWeight):
+    """Magnitude-preserving embedding of class labels: a linear map of one-hot vectors; label -1 embeds to zero.
+
+    Args:
+        num_classes: Number of classes.
+        channels: Width of the embedding.
+    """
+
+    def __init__(self, num_classes: int, channels: int):
+        super().__init__(channels, num_classes)
+
+    def forward(self, label: Tensor) -> Tensor:
+        """Embed labels (B,) of int64 in [-1, num_classes) as (B, channels), of unit mean square over the classes."""
+        rows = _unit_mean_square(self.weight).t()[label.clamp_min(0)]
+        return rows * (label >= 0).to(rows.dtype)[:, None]
+
+
+class MPConv2d(MPWeight):
+    """Magnitude-preserving convolution of stride 1, padded to the same size, without bias.
+
+    Args:
+        c_in: Input channels.
+        c_out: Output channels.
+        kernel: Height and width of the filters, odd.
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel: int):
+        super().__init__(c_out, c_in, kernel, kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (B, c_in, H, W) to (B, c_out, H, W)."""
+        return conv2d(x, self.effective_weight(x.dtype), padding=self.weight.shape[-1] // 2)
+
+
+def _unit_mean_square(weight: Tensor) -> Tensor:
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return pixel_norm(wide.flatten(1)).view_as(wide)

@@ -1,0 +1,8 @@
+"""Schedules and measuring around a run."""
+
+from sclightning.callbacks.ema import EMA
+from sclightning.callbacks.fid import FIDEvaluation
+from sclightning.callbacks.samples import SampleGrid, SampleWriter
+from sclightning.callbacks.tangent_warmup import TangentWarmup
+
+__all__ = ["EMA", "FIDEvaluation", "SampleGrid", "SampleWriter", "TangentWarmup"]

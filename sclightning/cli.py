@@ -1,0 +1,119 @@
+"""The ``sclightning`` command: LightningCLI with our modules, our data, and errors of one sentence."""
+
+import argparse
+import logging
+import os
+import re
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import lightning as L
+import yaml
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import sclightning.backbones
+import sclightning.callbacks
+import sclightning.data
+import sclightning.modules  # noqa: F401 - imported so that their classes can be named in YAML
+from sclightning.callbacks import SampleWriter
+from sclightning.modules.base import TrigFlowModule
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` for ``fit`` only: a test of a run must not overwrite how it was trained."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write at the start of training."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class SCLightningCLI(LightningCLI):
+    """``fit``, ``validate``, ``test`` and ``predict`` over the modules and data modules of this package or yours."""
+
+    def __init__(self, args: ArgsType = None, run: bool = True):
+        super().__init__(
+            model_class=TrigFlowModule,
+            datamodule_class=L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveFitConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            # Lightning's own support would make each optimizer factory hold this object and the Trainer.
+            load_from_checkpoint_support=False,
+            parser_kwargs={"exit_on_error": False},
+            args=args,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The folder that ``predict`` writes to."""
+        parser.add_lightning_class_args(SampleWriter, "samples")
+
+    def after_instantiate_classes(self) -> None:
+        """Make checkpoints self-contained: they carry the config from which ``load_from_checkpoint`` rebuilds."""
+        config = yaml.safe_load(self.parser.dump(self.config))
+        model = (config[self.subcommand] if self.subcommand else config)["model"]
+        self.model.save_hyperparameters(
+            {
+                **model.get("init_args", {}),
+                "_class_path": model["class_path"],
+                "_instantiator": "lightning.pytorch.cli.instantiate_module",
+            }
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning lets a checkpoint's hyperparameters override the command line here, silently (lightning#21455).
+        path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+        if path and path not in ("best", "last", "hpc") and not Path(path).exists():
+            raise FileNotFoundError(f"There is no checkpoint at {path}; give --ckpt_path the path of one, or 'last'.")
+
+
+def main(args: ArgsType = None) -> None:
+    """Run a command; what our own code refuses is printed as a sentence, without traceback.
+
+    Set ``SCLIGHTNING_TRACEBACK=1`` for the traceback. Anything that we did not raise ourselves is a bug and keeps its
+    own.
+    """
+    _quieten()
+    try:
+        SCLightningCLI(args)
+    except Exception as error:
+        sentence = None if os.environ.get("SCLIGHTNING_TRACEBACK") else _sentence(error)
+        if sentence is None:
+            raise
+        print(f"\nsclightning: error: {sentence}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _quieten() -> None:
+    """Keep off the screen what no user of the command can act upon."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning calling torch
+    warnings.filterwarnings("ignore", message=".*torch.jit.script")  # torch.func.jvp calling torch
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")  # the frozen teacher
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+
+
+def _sentence(error: BaseException | None) -> str | None:
+    """What to tell the user: the first error in the chain of causes that was written for one."""
+    while error is not None:
+        if isinstance(error, argparse.ArgumentError):
+            # jsonargparse lists every type that a value is not; the line that helps says neither of these.
+            noise = r"\s*(Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value)"
+            lines = [line for line in str(error).splitlines() if line.strip() and not re.match(noise, line)]
+            return " ".join(line.strip().removeprefix("- ") for line in lines)
+        frames, package = traceback.extract_tb(error.__traceback__)[-1:], Path(__file__).parent
+        ours = any(Path(f.filename).is_relative_to(package) and f.line.startswith("raise") for f in frames)
+        if ours or isinstance(error, MisconfigurationException):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Fashion-MNIST: 70,000 grey images of clothing, padded from 28x28 to 32x32."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets import FashionMNIST
+
+from sclightning.data.arrays import ArrayDataset, ImageDataModule, Split
+
+_FILES = {"train": "train", "held_out": "t10k"}
+
+
+class FashionMNISTDataModule(ImageDataModule):
+    """Fashion-MNIST (Xiao et al. 2017): 60,000 images to train on, 10,000 held out.
+
+    Looks for the four IDX files, gzipped or not, in ``root`` and where Debian's package ``dataset-fashion-mnist`` puts
+    them; otherwise torchvision downloads them to ``root``.
+
+    Args:
+        root: Folder of the IDX files.
+        download: Whether torchvision may download them.
+        batch_size: Images per step and process.
+        num_val_samples: Samples to make in each validation.
+        num_test_samples: Samples to make in test and prediction.
+        sample_batch_size: Samples to make at once.
+        seed: Seed of the order of training images.
+    """
+
+    name = "fashion-mnist"
+    image_shape = (1, 32, 32)
+    num_classes = 10
+
+    def __init__(
+        self,
+        root: str = "data",
+        download: bool = True,
+        batch_size: int = 512,
+        num_val_samples: int = 100,
+        num_test_samples: int = 10_000,
+        sample_batch_size: int = 1_000,
+        seed: int = 0,
+    ):
+        super().__init__(batch_size, num_val_samples, num_test_samples, sample_batch_size, seed)
+        self.root, self.download = root, download
+
+    def read(self, split: Split) -> ArrayDataset:
+        """Images and labels of torchvision's split.
+
+        Raises:
+            FileNotFoundError: If the files are nowhere and may not be downloaded.
+        """
+        paths = [self._find(f"{_FILES[split]}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
+        if None in paths:
+            if not self.download:
+                raise FileNotFoundError(
+                    f"Fashion-MNIST is neither in {self.root} nor in /usr/share/datasets/fashion-mnist; install "
+                    "Debian's dataset-fashion-mnist, set data.init_args.root, or allow data.init_args.download."
+                )
+            dataset = FashionMNIST(self.root, train=split == "train", download=True)
+            images, labels = dataset.data.numpy(), dataset.targets.numpy()
+        else:
+            images, labels = (_read_idx(path) for path in paths)
+        return ArrayDataset(np.pad(images[:, None], ((0, 0), (0, 0), (2, 2), (2, 2))), labels.astype(np.int64))
+
+    def _find(self, name: str) -> Path | None:
+        folders = [Path(self.root), Path(self.root) / "FashionMNIST/raw", Path("/usr/share/datasets/fashion-mnist")]
+        candidates = [folder / (name + suffix) for folder in folders for suffix in ("", ".gz")]
+        return next((path for path in candidates if path.is_file()), None)
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """Array of uint8 from an IDX file: magic number with the rank in its last byte, big-endian lengths, values."""
+    data = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+    shape = np.frombuffer(data, ">u4", count=data[3], offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)

@@ -1,0 +1,189 @@
+"""What the teacher and the consistency models share: network, noise, optimizer, sampling."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from sclightning.backbones.layers import AdaptiveWeight
+from sclightning.data.requests import SampleRequest
+from sclightning.sampling import sample_noise
+from sclightning.trigflow import sample_time
+
+
+class TrigFlowModule(L.LightningModule):
+    """A network on the TrigFlow arc; subclasses give ``training_step``, ``sampler`` and ``nfe``.
+
+    A training batch is ``(x_0, label)`` or ``x_0``: x_0 of standard deviation ``sigma_data``, shape (B, C, H, W), label
+    int64 (B,). Validation, test and prediction batches are :class:`~sclightning.data.requests.SampleRequest`; each step
+    returns samples in the range of the data.
+    """
+
+    nfe: int
+    """Network evaluations per sample."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        sigma_data: float,
+        P_mean: float,
+        P_std: float,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        guidance_scale: float | None,
+        seed: int,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.adaptive_weight = AdaptiveWeight()
+        self.sigma_data, self.P_mean, self.P_std = sigma_data, P_mean, P_std
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.guidance_scale, self.seed = guidance_scale, seed
+        self._seen: set[nn.Module] = set()
+        self._normalize_weights()
+
+    def configure_optimizers(self):
+        """Optimizer over everything that trains, stepped schedule if there is one."""
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
+        }
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        """Step, then force the weight normalisation of networks that have one (EDM2): never inside their forward."""
+        super().optimizer_step(*args, **kwargs)
+        self._normalize_weights()
+
+    def setup(self, stage: str) -> None:
+        """Compare the module with the data it meets.
+
+        Raises:
+            ValueError: If the data module's standard deviation is not this module's.
+        """
+        measured = getattr(self.trainer.datamodule, "sigma_data", None)
+        if measured is not None and abs(measured / self.sigma_data - 1) > 0.05:
+            raise ValueError(
+                f"The training images have a standard deviation of {measured:.3f}, the model was given "
+                f"sigma_data={self.sigma_data}; set model.init_args.sigma_data to {measured:.3f}."
+            )
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
+        """Velocity F of the backbone, in the dtype of ``x``.
+
+        Args:
+            x: Noisy images of unit variance, shape (B, C, H, W).
+            t: Times in radians, shape (B,), float32.
+            label: Class labels, int64 (B,), -1 for none.
+            guidance: Guidance scale per sample, shape (B,).
+        """
+        return self._call(self.backbone, x, t, label, guidance)
+
+    @torch.no_grad()
+    def sample(
+        self, index: Sequence[int] | Tensor, shape: Sequence[int], label: Tensor | None = None, seed: int | None = None
+    ) -> Tensor:
+        """Samples that depend on (seed, index, label) only, not on batch size or device count.
+
+        Args:
+            index: Sample indices, length B.
+            shape: Shape of a sample, (C, H, W).
+            label: Class labels, int64 (B,).
+            seed: Seed of the noise; the module's if not given.
+
+        Returns:
+            Samples in the range of the data, float32, shape (B, C, H, W), on the module's device.
+        """
+        indices = index.tolist() if isinstance(index, Tensor) else index
+        noise = sample_noise(indices, shape, self._noise_draws, self.seed if seed is None else seed).to(self.device)
+        label = None if label is None else label.to(self.device)
+        training = self.training
+        self.eval()
+        x = self.sampler(noise, label)
+        self.train(training)
+        return x.float()
+
+    def sampler(self, noise: Tensor, label: Tensor | None) -> Tensor:
+        """Turn unit noise (draws, B, C, H, W) into samples (B, C, H, W)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define a sampler.")
+
+    def validation_step(self, batch: SampleRequest, batch_idx: int) -> Tensor:
+        """Samples for a request; callbacks look at them."""
+        return self.sample(batch.index, batch.shape, batch.label)
+
+    test_step = predict_step = validation_step
+
+    _noise_draws = 1
+
+    @contextmanager
+    def _draw(self, x_0: Tensor, batch_idx: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Noise z and times t of this step, and a random state that belongs to the step, for dropout inside.
+
+        Keyed by (seed, step, batch, rank): ranks differ, and a resumed run goes on with the noise of the unbroken one.
+        """
+        key = np.random.SeedSequence((self.seed, self.global_step, batch_idx, self.global_rank))
+        with torch.random.fork_rng([x_0.device] if x_0.is_cuda else []):
+            torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+            z = self.sigma_data * torch.randn_like(x_0)
+            t = sample_time(len(x_0), self.P_mean, self.P_std, self.sigma_data, device=x_0.device)
+            yield z, t
+
+    @staticmethod
+    def _split(batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        return (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
+
+    def _call(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        t: Tensor,
+        label: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Evaluate a network and hold it to the contract.
+
+        Shapes are looked at always, values at the first output only: that stalls the device.
+        """
+        # Only the conditions there are, so that ``net(x, t)`` is enough of a signature.
+        conditions = {"label": label, "guidance": guidance}
+        F = network(x.to(self.dtype), t, **{name: value for name, value in conditions.items() if value is not None})
+        if F.shape != x.shape:
+            raise ValueError(
+                f"{type(network).__name__} returned shape {tuple(F.shape)} for images of shape {tuple(x.shape)}; "
+                "it must return a velocity of the images' shape."
+            )
+        if network not in self._seen:
+            if not F.isfinite().all():
+                raise ValueError(
+                    f"The first output of {type(network).__name__} is not finite; look for a division by zero, an "
+                    "exponential or a half-precision overflow in its forward."
+                )
+            self._seen.add(network)
+        return F.to(x.dtype)
+
+    def _normalize_weights(self) -> None:
+        if hasattr(self.backbone, "normalize_weights"):
+            with torch.no_grad():
+                self.backbone.normalize_weights()
+
+
+def guided_velocity(network: Callable, x: Tensor, t: Tensor, label: Tensor, scale: Tensor | float) -> Tensor:
+    r"""Classifier-free guidance :math:`F_\varnothing + s\,(F_c - F_\varnothing)`; s = 1 is no guidance.
+
+    Args:
+        network: ``F(x, t, label=...)`` trained with dropped labels.
+        x: Noisy images of unit variance, shape (B, C, H, W).
+        t: Times in radians, shape (B,).
+        label: Class labels, int64 (B,).
+        scale: Guidance scale, one number or shape (B,).
+    """
+    if isinstance(scale, Tensor):
+        scale = scale.view(-1, 1, 1, 1)
+    F_c, F_0 = network(x, t, label=label), network(x, t, label=torch.full_like(label, -1))
+    return F_0 + scale * (F_c - F_0)

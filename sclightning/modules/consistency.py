@@ -1,0 +1,315 @@
+"""Continuous-time consistency models: training (sCT) and distillation (sCD), Alg. 1."""
+
+import copy
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from sclightning.modules.base import TrigFlowModule, guided_velocity
+from sclightning.objective import Normalization, consistency_loss
+from sclightning.sampling import T_MAX, consistency
+from sclightning.trigflow import interpolate, velocity
+
+
+class ConsistencyModel(TrigFlowModule):
+    r"""Algorithm 1 without its line that chooses :math:`dx_t/dt`: that is the whole difference of sCT and sCD."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        teacher_checkpoint: str | None,
+        sigma_data: float,
+        P_mean: float,
+        P_std: float,
+        normalization: Normalization,
+        c: float,
+        times: Sequence[float],
+        guidance_scale: float | None,
+        shared_primal: bool,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        seed: int,
+    ):
+        super().__init__(backbone, sigma_data, P_mean, P_std, optimizer, lr_scheduler, guidance_scale, seed)
+        self.teacher_checkpoint = teacher_checkpoint
+        self.normalization, self.c, self.shared_primal = normalization, c, shared_primal
+        self.times = list(times)
+        # A tensor, so that a compiled step is not compiled again for each value.
+        self.register_buffer("tangent_warmup", torch.tensor(1.0), persistent=False)
+
+    def setup(self, stage: str) -> None:
+        """Start from the teacher's averaged weights, before any checkpoint of our own is restored.
+
+        Raises:
+            FileNotFoundError: If there is no teacher checkpoint.
+            ValueError: If its network is not this one, a guidance embedding apart.
+        """
+        super().setup(stage)
+        if stage == "fit" and self.teacher_checkpoint is not None:
+            load_backbone(self.backbone, self.teacher_checkpoint)
+
+    def training_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Consistency loss of one batch, averaged (Alg. 1)."""
+        x_0, label = self._split(batch)
+        with self._draw(x_0, batch_idx) as (z, t):
+            guidance = self.draw_guidance(x_0)
+            x_t = interpolate(x_0, z, t)
+            dx_t = self.velocity(x_t, x_0, z, t, label, guidance)
+            loss, tangent_norm = consistency_loss(
+                lambda x, t: self(x, t, label, guidance),
+                self.adaptive_weight(t),
+                x_t,
+                dx_t,
+                t,
+                self.sigma_data,
+                r=self.tangent_warmup,
+                c=self.c,
+                normalization=self.normalization,
+                shared_primal=self.shared_primal,
+            )
+        loss = loss.mean()
+        self.log("loss", loss, prog_bar=True)
+        self.log("tangent_norm", tangent_norm.mean(), prog_bar=True)
+        return loss
+
+    def draw_guidance(self, x_0: Tensor) -> Tensor | None:
+        """Guidance scale per sample (B,) of a step; none here."""
+
+    def velocity(
+        self, x_t: Tensor, x_0: Tensor, z: Tensor, t: Tensor, label: Tensor | None, guidance: Tensor | None
+    ) -> Tensor:
+        r"""Velocity :math:`dx_t/dt` of the PF-ODE at ``x_t``, without gradient, shape of ``x_t``."""
+        raise NotImplementedError(f"{type(self).__name__} does not define a velocity.")
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per sample: one a step."""
+        return len(self.times)
+
+    @property
+    def _noise_draws(self) -> int:
+        return len(self.times)
+
+    def sampler(self, noise: Tensor, label: Tensor | None) -> Tensor:
+        """Consistency sampling at ``times`` from unit noise (len(times), B, C, H, W)."""
+        guidance = None
+        if self.guidance_scale is not None:
+            guidance = noise.new_full((noise.shape[1],), self.guidance_scale)
+        return consistency(lambda x, t: self(x, t, label, guidance), noise, self.times, self.sigma_data)
+
+
+class ConsistencyTraining(ConsistencyModel):
+    r"""sCT: the velocity is the sample's own, :math:`dx_t/dt = \cos t\,z - \sin t\,x_0`.
+
+    Args:
+        backbone: Network ``F = net(x, t, label=None, guidance=None)``.
+        teacher_checkpoint: Checkpoint of a diffusion model of the same network to start from, averaged weights; from
+            scratch if not given (the paper always starts from a teacher).
+        sigma_data: Standard deviation of the data.
+        P_mean: Mean of the log-normal noise levels in training.
+        P_std: Standard deviation of the log-normal noise levels in training.
+        normalization: Treatment of the tangent: ``l2`` or ``rms`` norm, elementwise ``clip``, or ``none``.
+        c: Constant of the tangent normalisation.
+        times: Sampling times in radians, decreasing; one entry is one step.
+        shared_primal: Network output and tangent from one evaluation, see
+            :func:`~sclightning.objective.forward_jvp`.
+        optimizer: Optimizer of the network and the adaptive weight.
+        lr_scheduler: Learning-rate schedule, stepped with the optimizer.
+        seed: Seed of training noise and of samples.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        teacher_checkpoint: str | None = None,
+        sigma_data: float = 0.5,
+        P_mean: float = -1.0,
+        P_std: float = 1.4,
+        normalization: Normalization = "l2",
+        c: float = 0.1,
+        times: Sequence[float] = (T_MAX, 1.1),
+        shared_primal: bool = True,
+        optimizer: OptimizerCallable = torch.optim.RAdam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        seed: int = 0,
+    ):
+        super().__init__(
+            backbone,
+            teacher_checkpoint,
+            sigma_data,
+            P_mean,
+            P_std,
+            normalization,
+            c,
+            times,
+            None,
+            shared_primal,
+            optimizer,
+            lr_scheduler,
+            seed,
+        )
+        self.save_hyperparameters(ignore=["backbone", "optimizer", "lr_scheduler"])
+
+    def velocity(
+        self, x_t: Tensor, x_0: Tensor, z: Tensor, t: Tensor, label: Tensor | None, guidance: Tensor | None
+    ) -> Tensor:
+        """Conditional velocity of the interpolation between ``x_0`` and ``z``."""
+        return velocity(x_0, z, t)
+
+
+class ConsistencyDistillation(ConsistencyModel):
+    r"""sCD: the velocity is the teacher's, :math:`dx_t/dt = \sigma_d F_{pretrain}(x_t/\sigma_d, t)`, guided or not.
+
+    The teacher is loaded when training starts, frozen, and left out of this module's checkpoints.
+
+    Args:
+        backbone: Network ``F = net(x, t, label=None, guidance=None)``.
+        teacher_checkpoint: Checkpoint of the diffusion model: its averaged weights are the teacher's and the student's
+            first. May be left out if ``teacher`` brings its own weights; the student then starts as it is.
+        teacher: The teacher's network if it is not the student's: made without a guidance input, say, or somebody
+            else's behind an adapter.
+        guidance_range: Range from which the guidance scale of each training sample is drawn uniformly (the paper:
+            [1, 2]); needs a backbone with a guidance input and a teacher trained with dropped labels.
+        sigma_data: Standard deviation of the data.
+        P_mean: Mean of the log-normal noise levels in training.
+        P_std: Standard deviation of the log-normal noise levels in training.
+        normalization: Treatment of the tangent: ``l2`` or ``rms`` norm, elementwise ``clip``, or ``none``.
+        c: Constant of the tangent normalisation.
+        times: Sampling times in radians, decreasing; one entry is one step.
+        guidance_scale: Guidance scale in sampling, for a network with a guidance input.
+        shared_primal: Network output and tangent from one evaluation, see
+            :func:`~sclightning.objective.forward_jvp`.
+        optimizer: Optimizer of the network and the adaptive weight.
+        lr_scheduler: Learning-rate schedule, stepped with the optimizer.
+        seed: Seed of training noise and of samples.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        teacher_checkpoint: str | None = None,
+        teacher: nn.Module | None = None,
+        guidance_range: tuple[float, float] | None = None,
+        sigma_data: float = 0.5,
+        P_mean: float = -1.0,
+        P_std: float = 1.4,
+        normalization: Normalization = "l2",
+        c: float = 0.1,
+        times: Sequence[float] = (T_MAX, 1.1),
+        guidance_scale: float | None = None,
+        shared_primal: bool = True,
+        optimizer: OptimizerCallable = torch.optim.RAdam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        seed: int = 0,
+    ):
+        super().__init__(
+            backbone,
+            teacher_checkpoint,
+            sigma_data,
+            P_mean,
+            P_std,
+            normalization,
+            c,
+            times,
+            guidance_scale,
+            shared_primal,
+            optimizer,
+            lr_scheduler,
+            seed,
+        )
+        self.save_hyperparameters(ignore=["backbone", "teacher", "optimizer", "lr_scheduler"])
+        self.teacher, self.guidance_range = teacher, guidance_range
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+
+    def setup(self, stage: str) -> None:
+        """Load the teacher, for training only.
+
+        Raises:
+            ValueError: If there is neither a teacher nor a checkpoint to make one from.
+        """
+        super().setup(stage)
+        if stage != "fit":
+            return
+        if self.teacher is None:
+            if self.guidance_range is not None:
+                raise ValueError(
+                    "Guided distillation needs the teacher's network: the student's has a guidance input and the "
+                    "teacher's has none; set model.init_args.teacher to the backbone with guidance: false."
+                )
+            if self.teacher_checkpoint is None:
+                raise ValueError(
+                    "Distillation has no teacher; set model.init_args.teacher_checkpoint to a checkpoint of "
+                    "TrigFlowDiffusion, or model.init_args.teacher to a network with its own weights."
+                )
+            self.teacher = copy.deepcopy(self.backbone)
+        if self.teacher_checkpoint is not None:
+            load_backbone(self.teacher, self.teacher_checkpoint)
+        self.teacher.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "ConsistencyDistillation":
+        """Switch the student; the teacher stays in evaluation mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Leave the frozen teacher out: it is on disk already."""
+        for name in [name for name in checkpoint["state_dict"] if name.startswith("teacher.")]:
+            del checkpoint["state_dict"][name]
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Put the present teacher's weights back in, so that loading stays strict."""
+        if self.teacher is not None:
+            checkpoint["state_dict"].update({f"teacher.{k}": v for k, v in self.teacher.state_dict().items()})
+
+    def draw_guidance(self, x_0: Tensor) -> Tensor | None:
+        """Guidance scale per sample, uniform over ``guidance_range``."""
+        if self.guidance_range is None:
+            return None
+        low, high = self.guidance_range
+        return low + (high - low) * torch.rand(len(x_0), device=x_0.device)
+
+    @torch.no_grad()
+    def velocity(
+        self, x_t: Tensor, x_0: Tensor, z: Tensor, t: Tensor, label: Tensor | None, guidance: Tensor | None
+    ) -> Tensor:
+        """The teacher's velocity, guided where a scale is given."""
+        teacher = functools.partial(self._call, self.teacher)
+        x = x_t / self.sigma_data
+        F = teacher(x, t, label) if guidance is None else guided_velocity(teacher, x, t, label, guidance)
+        return self.sigma_data * F
+
+
+def load_backbone(backbone: nn.Module, checkpoint: str) -> None:
+    """Load the backbone's weights out of a checkpoint of a module: the averaged ones where it was trained with EMA.
+
+    Args:
+        backbone: Network to fill. Parameters of a guidance input, which the checkpoint may lack, stay as they are.
+        checkpoint: Path of a Lightning checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the checkpoint holds another network.
+    """
+    if not Path(checkpoint).is_file():
+        raise FileNotFoundError(
+            f"There is no teacher checkpoint at {checkpoint}; train the teacher first, or set "
+            "model.init_args.teacher_checkpoint to where it is."
+        )
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    own = backbone.state_dict()
+    wrong = [k for k in state if k not in own or own[k].shape != state[k].shape]
+    wrong += [k for k in own if k not in state and "guidance" not in k]
+    if wrong:
+        raise ValueError(
+            f"The teacher checkpoint {checkpoint} holds another network than the config describes ({len(wrong)} "
+            f"tensors differ, first {wrong[0]}); give the student's backbone the teacher's arguments."
+        )
+    backbone.load_state_dict(state, strict=False)

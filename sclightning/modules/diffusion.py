@@ -1,0 +1,76 @@
+"""The TrigFlow diffusion model, teacher of the consistency models (Sec. 3)."""
+
+from typing import Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from sclightning.modules.base import TrigFlowModule, guided_velocity
+from sclightning.objective import weighted_loss
+from sclightning.sampling import SOLVERS, karras_times
+from sclightning.trigflow import interpolate, velocity
+
+
+class TrigFlowDiffusion(TrigFlowModule):
+    r"""Diffusion model :math:`\sigma_d F_\theta \approx \cos t\,z - \sin t\,x_0` (Eq. 4) with the adaptive weight.
+
+    Args:
+        backbone: Network ``F = net(x, t, label=None, guidance=None)``.
+        sigma_data: Standard deviation of the data.
+        P_mean: Mean of the log-normal noise levels in training.
+        P_std: Standard deviation of the log-normal noise levels in training.
+        label_dropout: Probability of training without the label, for classifier-free guidance.
+        solver: Sampler: ``heun`` (DPM-Solver-2S), ``ddim`` or ``dpm_solver++`` (2M).
+        steps: Sampler's steps; Heun evaluates the network ``2 * steps - 1`` times.
+        guidance_scale: Classifier-free guidance in sampling; none if not given.
+        optimizer: Optimizer of the network and the adaptive weight.
+        lr_scheduler: Learning-rate schedule, stepped with the optimizer.
+        seed: Seed of training noise and of samples.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        sigma_data: float = 0.5,
+        P_mean: float = -1.2,
+        P_std: float = 1.2,
+        label_dropout: float = 0.0,
+        solver: Literal["heun", "ddim", "dpm_solver++"] = "heun",
+        steps: int = 18,
+        guidance_scale: float | None = None,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        seed: int = 0,
+    ):
+        super().__init__(backbone, sigma_data, P_mean, P_std, optimizer, lr_scheduler, guidance_scale, seed)
+        self.save_hyperparameters(ignore=["backbone", "optimizer", "lr_scheduler"])
+        self.label_dropout, self.solver, self.steps = label_dropout, solver, steps
+
+    def training_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Denoising loss of one batch, averaged."""
+        x_0, label = self._split(batch)
+        with self._draw(x_0, batch_idx) as (z, t):
+            if label is not None and self.label_dropout > 0:
+                label = label.masked_fill(torch.rand(len(label), device=label.device) < self.label_dropout, -1)
+            x_t, v_t = interpolate(x_0, z, t), velocity(x_0, z, t)
+            F = self(x_t / self.sigma_data, t, label)
+            loss = weighted_loss(self.sigma_data * F - v_t, self.adaptive_weight(t)).mean()
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per sample, a guided one counted once as the paper does."""
+        return 2 * self.steps - 1 if self.solver == "heun" else self.steps
+
+    def sampler(self, noise: Tensor, label: Tensor | None) -> Tensor:
+        """Solve the PF-ODE from unit noise (1, B, C, H, W)."""
+
+        def F(x: Tensor, t: Tensor) -> Tensor:
+            if self.guidance_scale is None or label is None:
+                return self(x, t, label)
+            return guided_velocity(self, x, t, label, self.guidance_scale)
+
+        times = karras_times(self.steps, self.sigma_data)
+        return SOLVERS[self.solver](F, noise[0], times, self.sigma_data)

@@ -1,0 +1,165 @@
+r"""The objective of continuous-time consistency models (Sec. 4, Alg. 1): read :func:`consistency_loss` first.
+
+Two networks never appear here, only two roles of one: :math:`F_\theta` with its gradient and :math:`F_{\theta^-}`, the
+same output detached. An exponential moving average in the second role is a different and worse algorithm.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from sclightning.trigflow import expand_time
+
+Normalization = Literal["l2", "rms", "clip", "none"]
+
+
+class ConsistencyLoss(NamedTuple):
+    """What one evaluation of the objective yields, each of shape (B,)."""
+
+    loss: Tensor
+    """Eq. 8 per sample. Its value is no measure of quality: the residual is always minus the normalised tangent."""
+    tangent_norm: Tensor
+    """Root mean square of the tangent before normalisation, detached: the quantity to watch."""
+
+
+def consistency_loss(
+    network: Callable[[Tensor, Tensor], Tensor],
+    w_phi: Tensor,
+    x_t: Tensor,
+    dx_t: Tensor,
+    t: Tensor,
+    sigma_data: float,
+    *,
+    r: float | Tensor = 1.0,
+    c: float = 0.1,
+    normalization: Normalization = "l2",
+    shared_primal: bool = True,
+) -> ConsistencyLoss:
+    r"""Objective of sCT and sCD (Eq. 8, Alg. 1), per sample.
+
+    Args:
+        network: ``F(x, t)`` with labels and guidance bound, x and F of unit variance, shape (B, ...).
+        w_phi: Adaptive weight :math:`w_\phi(t)`, shape (B,).
+        x_t: Noisy sample, shape (B, ...).
+        dx_t: Velocity of the PF-ODE at ``x_t``, shape (B, ...): :math:`\cos t\,z - \sin t\,x_0` for consistency
+            training, :math:`\sigma_d F_{pretrain}(x_t/\sigma_d, t)` for distillation.
+        t: Times in radians, shape (B,).
+        sigma_data: Standard deviation of the data.
+        r: Tangent warm-up, 0 (plain flow matching) to 1 (Eq. 6).
+        c: Constant of the tangent normalisation.
+        normalization: ``l2`` or ``rms`` norm in :func:`normalize`, ``clip`` for :func:`clip`, or ``none``.
+        shared_primal: See :func:`forward_jvp`.
+    """
+    F, J = forward_jvp(network, x_t, dx_t, t, sigma_data, shared_primal=shared_primal)
+    F_minus = F.detach()
+    g = tangent(F_minus, J, x_t, dx_t, t, sigma_data, r).detach()
+    tangent_norm = g.square().flatten(1).mean(1).sqrt()
+    if normalization == "clip":
+        g = clip(g, t)
+    elif normalization in ("l2", "rms"):
+        g = normalize(g, c, normalization)
+    elif normalization != "none":
+        known = ", ".join(get_args(Normalization))
+        raise ValueError(f"There is no normalization '{normalization}'; choose one of {known}.")
+    return ConsistencyLoss(weighted_loss(F - F_minus - g, w_phi), tangent_norm)
+
+
+def forward_jvp(
+    network: Callable[[Tensor, Tensor], Tensor],
+    x_t: Tensor,
+    dx_t: Tensor,
+    t: Tensor,
+    sigma_data: float,
+    *,
+    shared_primal: bool = True,
+) -> tuple[Tensor, Tensor]:
+    r"""Network output and its rearranged directional derivative along the PF-ODE (Sec. 5.1).
+
+    With the tangents :math:`(\cos t\sin t\,\dot x_t,\ \cos t\sin t\,\sigma_d)` on the inputs :math:`(x_t/\sigma_d, t)`
+    the JVP is :math:`J = \cos t \sin t\,\sigma_d\,dF/dt`. The factor :math:`\sigma_d` is in it: do not multiply again.
+
+    Args:
+        network: ``F(x, t)`` with labels and guidance bound.
+        x_t: Noisy sample, shape (B, ...).
+        dx_t: Velocity of the PF-ODE at ``x_t``, shape (B, ...).
+        t: Times in radians, shape (B,).
+        sigma_data: Standard deviation of the data.
+        shared_primal: Take F (with its gradient) and J from one evaluation, so that a dropout mask is shared by
+            construction. Otherwise F comes from a second pass that replays the random state of the first: less
+            memory, and it works where reverse mode through a forward-mode pass does not (FSDP2 before torch 2.13).
+
+    Returns:
+        ``F`` with its gradient and ``J`` without, both float32 or wider, shape (B, ...).
+    """
+    cos_sin = t.cos() * t.sin()
+    primals = (x_t / sigma_data, t)
+    tangents = (expand_time(cos_sin, x_t) * dx_t, cos_sin * sigma_data)
+    if shared_primal:
+        F, J = torch.func.jvp(network, primals, tangents)
+    else:
+        devices = [x_t.device] if x_t.is_cuda else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            _, J = torch.func.jvp(network, primals, tangents)
+        F = network(*primals)
+    dtype = torch.promote_types(x_t.dtype, torch.float32)
+    return F.to(dtype), J.detach().to(dtype)
+
+
+def tangent(
+    F: Tensor, J: Tensor, x_t: Tensor, dx_t: Tensor, t: Tensor, sigma_data: float, r: float | Tensor = 1.0
+) -> Tensor:
+    r"""Tangent :math:`g = \cos t\,df/dt` with its second half faded in by ``r`` (Eq. 6, Alg. 1).
+
+    .. math:: g = -\cos^2 t\,(\sigma_d F - \dot x_t) - r\,(\cos t \sin t\,x_t + J),
+       \qquad J = \cos t \sin t\,\sigma_d\,\tfrac{dF}{dt}
+
+    The prior weight :math:`1/(\sigma_d \tan t)` of the objective is the reason for the factor :math:`\cos t`: it must
+    not be applied again.
+
+    Args:
+        F: Network output at ``(x_t / sigma_data, t)``, detached, shape (B, ...).
+        J: Rearranged derivative from :func:`forward_jvp`, shape (B, ...).
+        x_t: Noisy sample, shape (B, ...).
+        dx_t: Velocity of the PF-ODE at ``x_t``, shape (B, ...).
+        t: Times in radians, shape (B,).
+        sigma_data: Standard deviation of the data.
+        r: Tangent warm-up in [0, 1].
+    """
+    t = expand_time(t, x_t)
+    cos, sin = t.cos(), t.sin()
+    return -(cos**2) * (sigma_data * F - dx_t) - r * (cos * sin * x_t + J)
+
+
+def normalize(g: Tensor, c: float = 0.1, norm: Literal["l2", "rms"] = "l2") -> Tensor:
+    r"""Tangent normalisation :math:`g / (\lVert g\rVert + c)` per sample (Sec. 4.1).
+
+    The paper does not say which norm. With ``l2`` every sample has norm close to 1 and ``c`` hardly matters, with
+    ``rms`` (the L2 norm over :math:`\sqrt D`) samples of small tangent keep a smaller weight.
+    """
+    size = torch.linalg.vector_norm(g.flatten(1), dim=1)
+    if norm == "rms":
+        size = size / g[0].numel() ** 0.5
+    return g / (expand_time(size, g) + c)
+
+
+def clip(g: Tensor, t: Tensor, limit: float = 1.0) -> Tensor:
+    r"""Tangent clipping: :math:`df/dt = g/\cos t` limited to [-limit, limit] elementwise (Sec. 4.1, Fig. 5a)."""
+    bound = limit * expand_time(t, g).cos()
+    return torch.clamp(g, -bound, bound)
+
+
+def weighted_loss(residual: Tensor, w_phi: Tensor) -> Tensor:
+    r"""Adaptively weighted squared error :math:`\frac{e^{w}}{D}\lVert \Delta\rVert_2^2 - w` per sample (Eq. 8, App. D).
+
+    Minimal in :math:`w` where :math:`\frac{e^w}{D} E\lVert\Delta\rVert^2 = 1`, so that all times weigh the same.
+
+    Args:
+        residual: Shape (B, ...); D is the number of elements of a sample.
+        w_phi: Adaptive weight, shape (B,).
+
+    Returns:
+        Shape (B,).
+    """
+    return w_phi.exp() * residual.square().flatten(1).mean(1) - w_phi

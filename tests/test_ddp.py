@@ -1,0 +1,152 @@
+"""Two processes: each draws its own noise, both keep the same weights, and together they sample what one does."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from torchvision.io import read_image
+
+from sclightning.data import DigitsDataModule
+from sclightning.data.arrays import EndlessSampler, from_uint8
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SCRIPT = """
+import sys
+import warnings
+
+import lightning as L
+import torch
+
+sys.path.append(sys.argv[1])
+from conftest import TINY, randomize
+from sclightning.backbones import DDPMpp
+from sclightning.callbacks import EMA, FIDEvaluation, SampleGrid, SampleWriter
+from sclightning.data import DigitsDataModule
+from sclightning.metrics import ClassifierFeatures
+from sclightning.modules import ConsistencyTraining
+
+warnings.filterwarnings("ignore")
+folder, classifier, devices = sys.argv[2], sys.argv[3], int(sys.argv[4])
+
+
+class Module(ConsistencyTraining):
+    def training_step(self, batch, batch_idx):
+        with self._draw(batch[0], batch_idx) as (z, t):
+            record["noise"].append(z), record["times"].append(t), record["images"].append(batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+class Weights(L.Callback):
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        vector = torch.nn.utils.parameters_to_vector
+        record["gradients"].append(torch.cat([p.grad.flatten() for p in pl_module.parameters()]))
+        record["weights"].append(vector(pl_module.parameters()).detach().clone())
+
+
+record = {"noise": [], "times": [], "images": [], "gradients": [], "weights": []}
+module = Module(
+    randomize(DDPMpp(**TINY, dropout=0.1)), sigma_data=0.752, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3)
+)
+fid = FIDEvaluation(ClassifierFeatures(classifier, num_features=16))
+options = {"accelerator": "cpu", "devices": devices, "strategy": "ddp" if devices > 1 else "auto", "logger": False}
+options |= {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder}
+data = DigitsDataModule(batch_size=4, num_val_samples=5, num_test_samples=21, sample_batch_size=4)
+
+trainer = L.Trainer(
+    **options, max_steps=3, val_check_interval=3, check_val_every_n_epoch=None, num_sanity_val_steps=0,
+    callbacks=[EMA(half_life=20), SampleGrid(1, 3), Weights()],
+)
+trainer.fit(module, datamodule=data)
+trainer.save_checkpoint(f"{folder}/run.ckpt")
+torch.save(record, f"{folder}/rank{trainer.global_rank}.pt")
+
+module.backbone = randomize(DDPMpp(**TINY), 3)  # the same network whatever was trained before, in shades of grey
+with torch.no_grad():
+    for p in module.backbone.out_conv.parameters():
+        p.mul_(0.1)
+tester = L.Trainer(**options, enable_checkpointing=False, callbacks=[fid, SampleWriter(f"{folder}/made")])
+tester.test(module, datamodule=data, verbose=False)
+tester.predict(module, datamodule=data, return_predictions=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, classifier_file):
+    """The script in one process and in two; what each process recorded."""
+    found, tests = {}, os.path.dirname(__file__)
+    for devices in (2, 1):
+        folder = tmp_path_factory.mktemp(f"devices{devices}")
+        script = folder / "script.py"
+        script.write_text(SCRIPT)
+        command = [str(script), tests, str(folder), str(classifier_file), str(devices)]
+        if devices == 1:
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                monkeypatch.setattr(sys, "argv", command)
+                runpy.run_path(str(script))
+        else:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run([sys.executable, *command], check=True, env=environment, timeout=120)
+        ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(devices)]
+        found[devices] = folder, ranks
+    return found
+
+
+def test_ranks_draw_different_noise_and_times(runs):
+    """No value in common; rank 0 of two draws what one process draws."""
+    (first, second), (alone,) = runs[2][1], runs[1][1]
+    for key in ("noise", "times"):
+        for a, b, c in zip(first[key], second[key], alone[key], strict=True):
+            assert not (a == b).any() and torch.equal(a, c)
+
+
+def test_ranks_share_one_stream_of_images(runs):
+    """Rank r sees every second image, and together they see the stream in order."""
+    first, second = (torch.cat(rank["images"]) for rank in runs[2][1])
+    data = DigitsDataModule().split("train")
+    order = list(islice(EndlessSampler(data, 1, 0, 0, lambda: 0), 24))
+    expected = from_uint8(torch.from_numpy(data.images[order]))
+    assert torch.equal(first, expected[0::2]) and torch.equal(second, expected[1::2])
+
+
+def test_ranks_keep_the_same_weights(runs):
+    """Gradients and weights agree bit for bit after every step, and are not those of one process."""
+    (first, second), (alone,) = runs[2][1], runs[1][1]
+    assert len(first["weights"]) == 3
+    for key in ("gradients", "weights"):
+        for a, b, c in zip(first[key], second[key], alone[key], strict=True):
+            assert torch.equal(a, b) and not torch.equal(a, c)
+    assert not torch.equal(first["weights"][0], first["weights"][1])
+
+
+def test_images_are_counted_over_both_processes(runs):
+    """The stream's position after three steps of four images on each process."""
+    for devices in (1, 2):
+        checkpoint = torch.load(runs[devices][0] / "run.ckpt", weights_only=True)
+        assert checkpoint["DigitsDataModule"] == {"position": 12 * devices, "batches": 3}
+
+
+def test_two_processes_measure_what_one_does(runs):
+    """The same Fréchet distance from an odd number of samples, and the same pictures."""
+    results = {}
+    for devices, (folder, _) in runs.items():
+        (path,) = folder.glob("*fd_classifier*.json")
+        results[devices] = json.loads(path.read_text())
+        assert sorted(path.name for path in (folder / "made").iterdir()) == [f"{i:06d}.png" for i in range(21)]
+    assert results[1]["samples"] == results[2]["samples"] == 21
+    assert results[2]["fd_classifier"] == pytest.approx(results[1]["fd_classifier"], rel=1e-5)
+    for i in range(21):
+        one, two = (read_image(str(runs[d][0] / "made" / f"{i:06d}.png")).numpy().astype(np.int32) for d in (1, 2))
+        assert np.abs(one - two).max() <= 1 and one.std() > 5
+
+
+def test_grid_is_written_once_by_two_processes(runs):
+    """The picture during training does not make the other process wait for ever."""
+    for folder, _ in runs.values():
+        assert [path.name for path in folder.rglob("step_*.png")] == ["step_0000003.png"]
