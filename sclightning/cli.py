@@ -1,6 +1,7 @@
 """The ``sclightning`` command: LightningCLI with our modules, our data, and errors of one sentence."""
 
 import argparse
+import importlib
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import lightning as L
 import yaml
+from jsonargparse import auto_cli
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -20,6 +22,9 @@ import sclightning.data
 import sclightning.modules  # noqa: F401 - imported so that their classes can be named in YAML
 from sclightning.callbacks import SampleWriter
 from sclightning.modules.base import TrigFlowModule
+
+# Commands that need no Trainer: name of the command -> module and function, whose docstring is the command's help.
+COMMANDS: dict[str, tuple[str, str]] = {}
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -81,8 +86,15 @@ def main(args: ArgsType = None) -> None:
     own.
     """
     _quieten()
+    arguments = sys.argv[1:] if args is None else args
+    command = arguments[0] if isinstance(arguments, list) and arguments else None
     try:
-        SCLightningCLI(args)
+        if command in COMMANDS:
+            module, function = COMMANDS[command]
+            function = getattr(importlib.import_module(module), function)
+            auto_cli(function, args=arguments[1:], prog=f"sclightning {command}", exit_on_error=False)
+        else:
+            SCLightningCLI(args)
     except Exception as error:
         sentence = None if os.environ.get("SCLIGHTNING_TRACEBACK") else _sentence(error)
         if sentence is None:

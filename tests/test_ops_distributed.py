@@ -98,8 +98,8 @@ def worker(kind):
         grad = p.grad if kind == "ddp" else p.grad.full_tensor()
         torch.testing.assert_close(grad, gradient)
     dist.barrier()  # a rank that leaves early takes its connections with it
-    dist.destroy_process_group()
-    print("values agree")
+    print("values agree", flush=True)
+    os._exit(0)  # torch's own teardown after FSDP2 aborts now and then: "terminate called without an active exception"
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
