@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from sclightning.trigflow import expand_time
@@ -87,8 +88,9 @@ def forward_jvp(
         t: Times in radians, shape (B,).
         sigma_data: Standard deviation of the data.
         shared_primal: Take F (with its gradient) and J from one evaluation, so that a dropout mask is shared by
-            construction. Otherwise F comes from a second pass that replays the random state of the first: less
-            memory, and it works where reverse mode through a forward-mode pass does not (FSDP2 before torch 2.13).
+            construction. Otherwise F comes from a second pass that replays the random state of the first: it works
+            where reverse mode through a forward-mode pass does not (activation checkpointing, FSDP2 before torch 2.13).
+            That is two graphs with the random state between them: ``torch.compile(fullgraph=True)`` needs one pass.
 
     Returns:
         ``F`` with its gradient and ``J`` without, both float32 or wider, shape (B, ...).
@@ -101,10 +103,17 @@ def forward_jvp(
     else:
         devices = [x_t.device] if x_t.is_cuda else []
         with torch.random.fork_rng(devices), torch.no_grad():
-            _, J = torch.func.jvp(network, primals, tangents)
+            J = torch.compiler.disable(_derivative)(network, primals, tangents)
         F = network(*primals)
     dtype = torch.promote_types(x_t.dtype, torch.float32)
     return F.to(dtype), J.detach().to(dtype)
+
+
+def _derivative(network: Callable, primals: tuple[Tensor, Tensor], tangents: tuple[Tensor, Tensor]) -> Tensor:
+    """The Jacobian-vector product alone; torch.func.jvp would fail under FSDP2 before torch 2.13 (pytorch#182641)."""
+    with fwAD.dual_level():
+        F, J = fwAD.unpack_dual(network(*map(fwAD.make_dual, primals, tangents)))
+    return torch.zeros_like(F) if J is None else J
 
 
 def tangent(

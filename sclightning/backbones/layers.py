@@ -54,10 +54,11 @@ class GroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (B, C, H, W) over groups of channels and all positions, in float32 or wider."""
-        grouped = x.unflatten(1, (self.groups, -1)).flatten(2).to(torch.promote_types(x.dtype, torch.float32))
-        centred = grouped - grouped.mean(2, keepdim=True)
-        y = centred * torch.rsqrt(centred.square().mean(2, keepdim=True) + self.eps)
-        y = y.view(x.shape) * self.weight[:, None, None] + self.bias[:, None, None]
+        # Five dimensions, not three: flattening pixels and channels would undo a channels-last layout.
+        grouped = x.unflatten(1, (self.groups, -1)).to(torch.promote_types(x.dtype, torch.float32))
+        centred = grouped - grouped.mean((2, 3, 4), keepdim=True)
+        y = centred * torch.rsqrt(centred.square().mean((2, 3, 4), keepdim=True) + self.eps)
+        y = y.flatten(1, 2) * self.weight[:, None, None] + self.bias[:, None, None]
         return y.to(x.dtype)
 
 
@@ -272,7 +273,9 @@ class MPWeight(nn.Module):
     @torch.no_grad()
     def normalize_weight(self) -> None:
         """Forced weight normalisation: rescale each row of the stored weight to unit mean square."""
-        self.weight.copy_(_unit_mean_square(self.weight))
+        # FSDP2 shards by rows, so that a device's own rows are all it needs.
+        weight = self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight
+        weight.copy_(_unit_mean_square(weight))
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
         """Weight of unit-norm rows, computed in float32 or wider, in ``dtype``."""

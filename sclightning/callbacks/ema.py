@@ -8,13 +8,15 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from sclightning.parallelize import full, is_sharded, local, shard_like
+
 
 class EMA(L.Callback):
     r"""Average of the backbone's weights, one update per optimizer step; give exactly one of the three lengths.
 
     Validation sees the averaged weights. A checkpoint's ``state_dict`` holds them too, so whoever loads a checkpoint
     gets them without this callback; the weights in training lie under ``"ema"`` beside them and come back on resuming.
-    When ``fit`` ends the module keeps the average.
+    When ``fit`` ends the module keeps the average. Where FSDP2 shards the weights it shards the average.
 
     Args:
         decay: Constant rate per step, ``0.999`` for one.
@@ -73,7 +75,8 @@ class EMA(L.Callback):
         weight = 1 - self.rate(self._pending)
         self._step, self._pending = trainer.global_step, 0
         with torch.no_grad():
-            torch._foreach_lerp_(list(self._average.values()), list(pl_module.backbone.parameters()), weight)
+            averages, weights = self._average.values(), pl_module.backbone.parameters()
+            torch._foreach_lerp_([local(a) for a in averages], [local(w) for w in weights], weight)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the averaged weights in."""
@@ -95,16 +98,23 @@ class EMA(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
         """Averages into ``state_dict``, weights in training beside it."""
         if self._average:
-            state, live = checkpoint["state_dict"], self._live
-            weights = {name: live.get(name, state[f"backbone.{name}"]) for name in self._average}
-            state.update({f"backbone.{name}": average for name, average in self._average.items()})
+            state, weights = checkpoint["state_dict"], {}
+            for name, weight in pl_module.backbone.named_parameters():
+                key, average = f"backbone.{name}", self._average[name]
+                weights[name] = full(self._live.get(name, weight.detach()))
+                # A folder of shards takes the average's; a file takes the whole, on the one process that writes it.
+                if not is_sharded(state.get(key)):
+                    average = full(average)
+                if key in state:
+                    state[key] = average
             checkpoint["ema"] = {"weights": weights, "images": self.images, "pending": self._pending}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
         """Continue the average, with the weights in training back in the module."""
         if trainer.state.fn == TrainerFn.FITTING and "ema" in checkpoint:
             saved = checkpoint["ema"]
-            self._average = {name: checkpoint["state_dict"][f"backbone.{name}"].clone() for name in saved["weights"]}
+            # The module has just been given the averages: they are what state_dict holds.
+            self._average = {name: weight.detach().clone() for name, weight in pl_module.backbone.named_parameters()}
             self.images, self._pending = saved["images"], saved["pending"]
             _copy(saved["weights"], pl_module)
 
@@ -127,4 +137,4 @@ def power_exponent(sigma_rel: float) -> float:
 def _copy(source: dict[str, Tensor], pl_module: L.LightningModule) -> None:
     with torch.no_grad():
         for name, weight in pl_module.backbone.named_parameters():
-            weight.copy_(source[name])
+            local(weight).copy_(local(shard_like(source[name], weight)))

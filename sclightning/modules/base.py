@@ -1,7 +1,9 @@
 """What the teacher and the consistency models share: network, noise, optimizer, sampling."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from sclightning.backbones.layers import AdaptiveWeight
 from sclightning.data.requests import SampleRequest
+from sclightning.parallelize import checkpoint_blocks, shard
 from sclightning.sampling import sample_noise
 from sclightning.trigflow import sample_time
 
@@ -36,6 +39,9 @@ class TrigFlowModule(L.LightningModule):
         lr_scheduler: LRSchedulerCallable | None,
         guidance_scale: float | None,
         seed: int,
+        compile: bool | dict[str, Any] = False,
+        channels_last: bool = False,
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         self.backbone = backbone
@@ -43,7 +49,11 @@ class TrigFlowModule(L.LightningModule):
         self.sigma_data, self.P_mean, self.P_std = sigma_data, P_mean, P_std
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.guidance_scale, self.seed = guidance_scale, seed
+        # nn.Module has a method named compile.
+        self.compile_options = {} if compile is True else compile or None
+        self.channels_last, self.activation_checkpointing = channels_last, activation_checkpointing
         self._seen: set[nn.Module] = set()
+        self._shown: dict[str, Tensor] = {}
         self._normalize_weights()
 
     def configure_optimizers(self):
@@ -60,6 +70,25 @@ class TrigFlowModule(L.LightningModule):
         """Step, then force the weight normalisation of networks that have one (EDM2): never inside their forward."""
         super().optimizer_step(*args, **kwargs)
         self._normalize_weights()
+
+    def configure_model(self) -> None:
+        """Recompute blocks in the backward pass and shard the networks over the devices, as asked for.
+
+        Raises:
+            ValueError: If ``ModelParallelStrategy`` was given a tensor-parallel size.
+        """
+        if self.activation_checkpointing:
+            checkpoint_blocks(self.backbone)
+        if self.device_mesh is None:
+            return
+        if self.device_mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                f"ModelParallelStrategy has tensor_parallel_size={self.device_mesh['tensor_parallel'].size()}, but the "
+                "networks are sharded over the data-parallel devices only; set data_parallel_size to the number of "
+                "devices and tensor_parallel_size to 1."
+            )
+        for network in self.children():
+            shard(network, self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
         """Compare the module with the data it meets.
@@ -134,6 +163,52 @@ class TrigFlowModule(L.LightningModule):
             t = sample_time(len(x_0), self.P_mean, self.P_std, self.sigma_data, device=x_0.device)
             yield z, t
 
+    def loss(
+        self, x_0: Tensor, z: Tensor, t: Tensor, label: Tensor | None = None, guidance: Tensor | None = None
+    ) -> Any:
+        """Loss per sample of data ``x_0`` and noise ``z`` at times ``t``: what ``compile`` compiles as one function."""
+        raise NotImplementedError(f"{type(self).__name__} does not define a loss.")
+
+    def _evaluate(self, *inputs: Tensor | None) -> Any:
+        """:meth:`loss`, compiled if asked for."""
+        if self.compile_options is None:
+            return self.loss(*inputs)
+        result = self._compiled_loss(*inputs)
+        if self.backbone not in self._seen:  # the graph has no place for the look that _call takes
+            if not (result[0] if isinstance(result, tuple) else result).isfinite().all():
+                raise ValueError(
+                    "The first loss is not finite; train one step without compile to see which network it comes from."
+                )
+            self._seen.add(self.backbone)
+        return result
+
+    @functools.cached_property
+    def _compiled_loss(self) -> Callable:
+        if self.device_mesh is not None:
+            raise ValueError(
+                "compile makes one function of the loss, which the hooks of FSDP2 would cut up; leave model.init_args."
+                "compile out, or train with strategy ddp."
+            )
+        return _compiled(self.loss, {"fullgraph": self._one_pass, **self.compile_options})
+
+    _one_pass = True
+
+    @functools.cached_property
+    def _compiled_normalization(self) -> Callable:
+        return _compiled(self.backbone.normalize_weights, {**self.compile_options, "fullgraph": True})
+
+    def _report(self, **values: Tensor) -> None:
+        """Log numbers of this step, without waiting for the device to have them."""
+        # With prog_bar=True Lightning would read them back at every step, bar or no bar.
+        self.log_dict(values)
+        self._shown = {name: value.detach() for name, value in values.items()}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Show the numbers of the step in the progress bar, when the logger reads them anyhow."""
+        every = self.trainer.log_every_n_steps
+        if every and self.trainer.global_step % every == 0:
+            self.trainer.progress_bar_metrics.update({name: value.item() for name, value in self._shown.items()})
+
     @staticmethod
     def _split(batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         return (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
@@ -152,13 +227,15 @@ class TrigFlowModule(L.LightningModule):
         """
         # Only the conditions there are, so that ``net(x, t)`` is enough of a signature.
         conditions = {"label": label, "guidance": guidance}
-        F = network(x.to(self.dtype), t, **{name: value for name, value in conditions.items() if value is not None})
+        layout = torch.channels_last if self.channels_last else torch.preserve_format
+        x_in = x.to(self.dtype, memory_format=layout)
+        F = network(x_in, t, **{name: value for name, value in conditions.items() if value is not None})
         if F.shape != x.shape:
             raise ValueError(
                 f"{type(network).__name__} returned shape {tuple(F.shape)} for images of shape {tuple(x.shape)}; "
                 "it must return a velocity of the images' shape."
             )
-        if network not in self._seen:
+        if not torch.compiler.is_compiling() and network not in self._seen:
             if not F.isfinite().all():
                 raise ValueError(
                     f"The first output of {type(network).__name__} is not finite; look for a division by zero, an "
@@ -170,7 +247,17 @@ class TrigFlowModule(L.LightningModule):
     def _normalize_weights(self) -> None:
         if hasattr(self.backbone, "normalize_weights"):
             with torch.no_grad():
-                self.backbone.normalize_weights()
+                if self.compile_options is None or not self._seen:  # not for the one call when the module is made
+                    self.backbone.normalize_weights()
+                else:
+                    self._compiled_normalization()
+
+
+def _compiled(function: Callable, options: dict[str, Any]) -> Callable:
+    import torch._dynamo  # two seconds, for those who compile
+
+    # DDP has Dynamo cut graphs at its buckets, through the middle of the jvp.
+    return torch._dynamo.config.patch(optimize_ddp=False)(torch.compile(function, **options))
 
 
 def guided_velocity(network: Callable, x: Tensor, t: Tensor, label: Tensor, scale: Tensor | float) -> Tensor:

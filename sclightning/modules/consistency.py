@@ -4,13 +4,15 @@ import copy
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from sclightning.modules.base import TrigFlowModule, guided_velocity
-from sclightning.objective import Normalization, consistency_loss
+from sclightning.objective import ConsistencyLoss, Normalization, consistency_loss
 from sclightning.sampling import T_MAX, consistency
 from sclightning.trigflow import interpolate, velocity
 
@@ -33,8 +35,23 @@ class ConsistencyModel(TrigFlowModule):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
         seed: int,
+        compile: bool | dict[str, Any] = False,
+        channels_last: bool = False,
+        activation_checkpointing: bool = False,
     ):
-        super().__init__(backbone, sigma_data, P_mean, P_std, optimizer, lr_scheduler, guidance_scale, seed)
+        super().__init__(
+            backbone,
+            sigma_data,
+            P_mean,
+            P_std,
+            optimizer,
+            lr_scheduler,
+            guidance_scale,
+            seed,
+            compile,
+            channels_last,
+            activation_checkpointing,
+        )
         self.teacher_checkpoint = teacher_checkpoint
         self.normalization, self.c, self.shared_primal = normalization, c, shared_primal
         self.times = list(times)
@@ -56,25 +73,44 @@ class ConsistencyModel(TrigFlowModule):
         """Consistency loss of one batch, averaged (Alg. 1)."""
         x_0, label = self._split(batch)
         with self._draw(x_0, batch_idx) as (z, t):
-            guidance = self.draw_guidance(x_0)
-            x_t = interpolate(x_0, z, t)
-            dx_t = self.velocity(x_t, x_0, z, t, label, guidance)
-            loss, tangent_norm = consistency_loss(
-                lambda x, t: self(x, t, label, guidance),
-                self.adaptive_weight(t),
-                x_t,
-                dx_t,
-                t,
-                self.sigma_data,
-                r=self.tangent_warmup,
-                c=self.c,
-                normalization=self.normalization,
-                shared_primal=self.shared_primal,
-            )
+            loss, tangent_norm = self._evaluate(x_0, z, t, label, self.draw_guidance(x_0))
         loss = loss.mean()
-        self.log("loss", loss, prog_bar=True)
-        self.log("tangent_norm", tangent_norm.mean(), prog_bar=True)
+        self._report(loss=loss, tangent_norm=tangent_norm.mean())
         return loss
+
+    def loss(
+        self, x_0: Tensor, z: Tensor, t: Tensor, label: Tensor | None = None, guidance: Tensor | None = None
+    ) -> ConsistencyLoss:
+        """Consistency loss and tangent norm per sample (Eq. 8), each of shape (B,)."""
+        x_t = interpolate(x_0, z, t)
+        dx_t = self.velocity(x_t, x_0, z, t, label, guidance)
+        return consistency_loss(
+            lambda x, t: self(x, t, label, guidance),
+            self.adaptive_weight(t),
+            x_t,
+            dx_t,
+            t,
+            self.sigma_data,
+            r=self.tangent_warmup,
+            c=self.c,
+            normalization=self.normalization,
+            shared_primal=self._one_pass,
+        )
+
+    @functools.cached_property
+    def _one_pass(self) -> bool:
+        """Whether one pass gives output and tangent: as ``shared_primal`` says, unless that is not possible here."""
+        reason = None
+        if not self.shared_primal:
+            reason = "as configured"
+        elif self.activation_checkpointing:
+            reason = "activation checkpointing cannot recompute a block under forward-mode AD"
+        elif self.device_mesh is not None and torch.__version__ < (2, 13):
+            reason = f"FSDP2 of torch {torch.__version__} has no forward-mode AD with gradients, that of 2.13 has"
+        if reason is not None:
+            eager = "" if self.compile_options is None else ", and the tangent's is not compiled"
+            rank_zero_info(f"Output and tangent take two passes each step{eager}: {reason}.")
+        return reason is None
 
     def draw_guidance(self, x_0: Tensor) -> Tensor | None:
         """Guidance scale per sample (B,) of a step; none here."""
@@ -120,6 +156,11 @@ class ConsistencyTraining(ConsistencyModel):
         optimizer: Optimizer of the network and the adaptive weight.
         lr_scheduler: Learning-rate schedule, stepped with the optimizer.
         seed: Seed of training noise and of samples.
+        compile: Compile the loss as one function; arguments of :func:`torch.compile` (``mode``, ``fullgraph``, …) or
+            true for its defaults.
+        channels_last: Memory format of the images in a convolutional network.
+        activation_checkpointing: Keep only the inputs of the network's blocks, and compute the rest again in the
+            backward pass; turns ``shared_primal`` off.
     """
 
     def __init__(
@@ -136,6 +177,9 @@ class ConsistencyTraining(ConsistencyModel):
         optimizer: OptimizerCallable = torch.optim.RAdam,
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
+        compile: bool | dict[str, Any] = False,
+        channels_last: bool = False,
+        activation_checkpointing: bool = False,
     ):
         super().__init__(
             backbone,
@@ -151,6 +195,9 @@ class ConsistencyTraining(ConsistencyModel):
             optimizer,
             lr_scheduler,
             seed,
+            compile,
+            channels_last,
+            activation_checkpointing,
         )
         self.save_hyperparameters(ignore=["backbone", "optimizer", "lr_scheduler"])
 
@@ -186,6 +233,11 @@ class ConsistencyDistillation(ConsistencyModel):
         optimizer: Optimizer of the network and the adaptive weight.
         lr_scheduler: Learning-rate schedule, stepped with the optimizer.
         seed: Seed of training noise and of samples.
+        compile: Compile the loss as one function; arguments of :func:`torch.compile` (``mode``, ``fullgraph``, …) or
+            true for its defaults.
+        channels_last: Memory format of the images in a convolutional network.
+        activation_checkpointing: Keep only the inputs of the network's blocks, and compute the rest again in the
+            backward pass; turns ``shared_primal`` off.
     """
 
     def __init__(
@@ -205,6 +257,9 @@ class ConsistencyDistillation(ConsistencyModel):
         optimizer: OptimizerCallable = torch.optim.RAdam,
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
+        compile: bool | dict[str, Any] = False,
+        channels_last: bool = False,
+        activation_checkpointing: bool = False,
     ):
         super().__init__(
             backbone,
@@ -220,11 +275,17 @@ class ConsistencyDistillation(ConsistencyModel):
             optimizer,
             lr_scheduler,
             seed,
+            compile,
+            channels_last,
+            activation_checkpointing,
         )
         self.save_hyperparameters(ignore=["backbone", "teacher", "optimizer", "lr_scheduler"])
         self.teacher, self.guidance_range = teacher, guidance_range
         if teacher is not None:
             teacher.eval().requires_grad_(False)
+        # The frozen teacher stays out of checkpoints, it is on disk already; loading stays strict for the rest.
+        self.register_state_dict_post_hook(_drop_teacher)
+        self.register_load_state_dict_post_hook(_miss_no_teacher)
 
     def setup(self, stage: str) -> None:
         """Load the teacher, for training only.
@@ -258,16 +319,6 @@ class ConsistencyDistillation(ConsistencyModel):
             self.teacher.eval()
         return self
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Leave the frozen teacher out: it is on disk already."""
-        for name in [name for name in checkpoint["state_dict"] if name.startswith("teacher.")]:
-            del checkpoint["state_dict"][name]
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Put the present teacher's weights back in, so that loading stays strict."""
-        if self.teacher is not None:
-            checkpoint["state_dict"].update({f"teacher.{k}": v for k, v in self.teacher.state_dict().items()})
-
     def draw_guidance(self, x_0: Tensor) -> Tensor | None:
         """Guidance scale per sample, uniform over ``guidance_range``."""
         if self.guidance_range is None:
@@ -286,6 +337,15 @@ class ConsistencyDistillation(ConsistencyModel):
         return self.sigma_data * F
 
 
+def _drop_teacher(module: nn.Module, state_dict: dict, prefix: str, metadata: dict) -> None:
+    for name in [name for name in state_dict if name.startswith(f"{prefix}teacher.")]:
+        del state_dict[name]
+
+
+def _miss_no_teacher(module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not name.startswith("teacher.")]
+
+
 def load_backbone(backbone: nn.Module, checkpoint: str) -> None:
     """Load the backbone's weights out of a checkpoint of a module: the averaged ones where it was trained with EMA.
 
@@ -295,8 +355,13 @@ def load_backbone(backbone: nn.Module, checkpoint: str) -> None:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the checkpoint holds another network.
+        ValueError: If the checkpoint is a folder of shards or holds another network.
     """
+    if Path(checkpoint).is_dir():
+        raise ValueError(
+            f"The teacher checkpoint {checkpoint} is a folder of shards; make a file of it with python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {checkpoint} FILE."
+        )
     if not Path(checkpoint).is_file():
         raise FileNotFoundError(
             f"There is no teacher checkpoint at {checkpoint}; train the teacher first, or set "

@@ -1,6 +1,6 @@
 """The TrigFlow diffusion model, teacher of the consistency models (Sec. 3)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -27,6 +27,11 @@ class TrigFlowDiffusion(TrigFlowModule):
         optimizer: Optimizer of the network and the adaptive weight.
         lr_scheduler: Learning-rate schedule, stepped with the optimizer.
         seed: Seed of training noise and of samples.
+        compile: Compile the loss as one function; arguments of :func:`torch.compile` (``mode``, ``fullgraph``, …) or
+            true for its defaults.
+        channels_last: Memory format of the images in a convolutional network.
+        activation_checkpointing: Keep only the inputs of the network's blocks, and compute the rest again in the
+            backward pass.
     """
 
     def __init__(
@@ -42,8 +47,23 @@ class TrigFlowDiffusion(TrigFlowModule):
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
+        compile: bool | dict[str, Any] = False,
+        channels_last: bool = False,
+        activation_checkpointing: bool = False,
     ):
-        super().__init__(backbone, sigma_data, P_mean, P_std, optimizer, lr_scheduler, guidance_scale, seed)
+        super().__init__(
+            backbone,
+            sigma_data,
+            P_mean,
+            P_std,
+            optimizer,
+            lr_scheduler,
+            guidance_scale,
+            seed,
+            compile,
+            channels_last,
+            activation_checkpointing,
+        )
         self.save_hyperparameters(ignore=["backbone", "optimizer", "lr_scheduler"])
         self.label_dropout, self.solver, self.steps = label_dropout, solver, steps
 
@@ -53,11 +73,17 @@ class TrigFlowDiffusion(TrigFlowModule):
         with self._draw(x_0, batch_idx) as (z, t):
             if label is not None and self.label_dropout > 0:
                 label = label.masked_fill(torch.rand(len(label), device=label.device) < self.label_dropout, -1)
-            x_t, v_t = interpolate(x_0, z, t), velocity(x_0, z, t)
-            F = self(x_t / self.sigma_data, t, label)
-            loss = weighted_loss(self.sigma_data * F - v_t, self.adaptive_weight(t)).mean()
-        self.log("loss", loss, prog_bar=True)
+            loss = self._evaluate(x_0, z, t, label).mean()
+        self._report(loss=loss)
         return loss
+
+    def loss(
+        self, x_0: Tensor, z: Tensor, t: Tensor, label: Tensor | None = None, guidance: Tensor | None = None
+    ) -> Tensor:
+        """Denoising loss per sample (Eq. 4), shape (B,)."""
+        x_t, v_t = interpolate(x_0, z, t), velocity(x_0, z, t)
+        F = self(x_t / self.sigma_data, t, label, guidance)
+        return weighted_loss(self.sigma_data * F - v_t, self.adaptive_weight(t))
 
     @property
     def nfe(self) -> int:

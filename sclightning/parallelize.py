@@ -1,0 +1,79 @@
+"""What many devices do to a network, beside it: sharding (FSDP2) and activation checkpointing, block by block."""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks of a network: what its outermost lists (ModuleList, ModuleDict, Sequential) hold, in order."""
+    if isinstance(network, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+        return list(network.children())
+    return [block for child in network.children() for block in blocks(child)]
+
+
+def shard(network: nn.Module, mesh: "DeviceMesh") -> None:
+    """Shard a network's parameters over the devices of ``mesh`` (FSDP2), each block gathered on its own.
+
+    Frozen parameters are sharded like the others. A network that is sharded already stays as it is.
+
+    Args:
+        network: Network with its weights, the same on all devices; any depth of blocks, none too.
+        mesh: One-dimensional mesh.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if isinstance(network, FSDPModule):
+        return
+    for block in blocks(network):
+        if any(True for _ in block.parameters()):
+            fully_shard(block, mesh=mesh)
+    # Also what the blocks leave over: an evaluation of a frozen network has no backward pass that would free it.
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+
+
+def checkpoint_blocks(network: nn.Module) -> None:
+    """Have each block keep its inputs only, and compute its activations again in the backward pass.
+
+    To be called before :func:`shard`, whose hooks must lie outside.
+    """
+    for block in blocks(network):
+        if "forward" not in vars(block):
+            block.forward = functools.partial(_recompute, block.forward)
+
+
+def _recompute(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)  # nothing to save, and forward-mode AD would not survive
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether ``x`` is a tensor of which each device has a part (DTensor)."""
+    return hasattr(x, "full_tensor")
+
+
+def local(x: Tensor) -> Tensor:
+    """This device's part of a sharded tensor, sharing its memory; another tensor as it is."""
+    return x.to_local() if is_sharded(x) else x
+
+
+def full(x: Tensor) -> Tensor:
+    """The whole of a sharded tensor in host memory, for which all devices must ask; another tensor as it is."""
+    return x.full_tensor().cpu() if is_sharded(x) else x
+
+
+def shard_like(x: Tensor, reference: Tensor) -> Tensor:
+    """The whole tensor ``x``, which all devices have, in parts like ``reference``; as it is if that is not sharded."""
+    if is_sharded(x) or not is_sharded(reference):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, reference.device_mesh, reference.placements, src_data_rank=None)
