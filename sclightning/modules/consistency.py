@@ -319,6 +319,12 @@ class ConsistencyDistillation(ConsistencyModel):
             self.teacher.eval()
         return self
 
+    def configure_model(self) -> None:
+        """As in the base class; the teacher is sharded like the student."""
+        super().configure_model()
+        if self.device_mesh is not None:
+            self.strict_loading = False  # to load a file, ModelParallelStrategy asks for the frozen weights too
+
     def draw_guidance(self, x_0: Tensor) -> Tensor | None:
         """Guidance scale per sample, uniform over ``guidance_range``."""
         if self.guidance_range is None:

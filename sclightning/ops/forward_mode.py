@@ -24,10 +24,18 @@ def plain_rule_needed() -> bool:
     return bool(keys) and (keys[-1] == transforms.Vmap or transforms.Grad in keys)
 
 
+def forward_mode_active() -> bool:
+    """Whether tensors can carry a tangent at all: inside ``torch.func.jvp`` or a ``dual_level``."""
+    return fwAD._current_level >= 0
+
+
 # Dynamo enters the real functorch levels while it traces but cannot trace the lines that read them. This is what
 # torch.compiler.assume_constant_result sets, without importing torch._dynamo (2 s) with the package.
 forward_mode_depth._dynamo_marked_constant = True
 plain_rule_needed._dynamo_marked_constant = True
+# Seen by Dynamo, the level outside of a jvp would stand for the one inside, later in the same graph: a teacher's
+# evaluation would break the student's.
+forward_mode_active._dynamo_marked_constant = True
 
 
 def in_vmap() -> bool:
@@ -52,8 +60,8 @@ def below_forward_mode(function, *tensors: torch.Tensor) -> torch.Tensor:
 
 def unpack(x: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Primal and tangent of ``x`` at the innermost forward-mode level; the tangent is None where there is none."""
-    if x is None:
-        return None, None
+    if x is None or not forward_mode_active():
+        return x, None
     primal, tangent = fwAD.unpack_dual(x)
     if tangent is not None and tangent.dtype != primal.dtype:
         tangent = tangent.to(primal.dtype)  # PyTorch's layer_norm in half precision has a float32 tangent
