@@ -13,6 +13,7 @@ from sclightning.callbacks import EMA, TangentWarmup
 from sclightning.callbacks.finite_gradients import FiniteGradients
 from sclightning.data import DigitsDataModule
 from sclightning.modules import ConsistencyDistillation, ConsistencyTraining, TrigFlowDiffusion
+from sclightning.ops import Conv2d
 
 SD = 0.75
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -69,12 +70,15 @@ def test_compiled_step_is_the_eager_one(small_net, batch, model, dtype):
 
 def test_inductor_compiles_the_consistency_step(make_plain_net, batch):
     """The default backend, on the smallest network."""
-    assert_same_step(
-        ConsistencyTraining(make_plain_net(), sigma_data=SD, compile=True),
-        ConsistencyTraining(make_plain_net(), sigma_data=SD),
-        batch[0],
-        rtol=1e-4,
-    )
+
+    def net():
+        net = make_plain_net()
+        for layer in (net.conv0, net.conv1):
+            layer.__class__ = Conv2d  # with nn.Conv2d inductor before torch 2.13 stumbles over the zero weight tangent
+        return net
+
+    compiled, eager = (ConsistencyTraining(net(), sigma_data=SD, compile=c) for c in (True, False))
+    assert_same_step(compiled, eager, batch[0], rtol=1e-4)
 
 
 def test_two_passes_compile_around_the_random_state(small_net, batch, caplog):

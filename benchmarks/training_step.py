@@ -1,0 +1,441 @@
+"""What a training step costs on a GPU: teacher, sCT and sCD, ours and the peers' way, bare and under the Trainer.
+
+Ours is what the configs run: the modules of this package, half-precision autocast, one compiled function. The peers'
+way, in the same run on the same networks, is ``torch.func.jvp`` without gradient around PyTorch's own layers and naive
+attention, then a forward pass with gradient, and before both the teacher's. ``*_ms`` is forward and backward;
+``update_ms`` is optimizer, weight normalisation and average. ``ceiling_fraction`` counts 3, 4 and 5 forward passes for
+teacher, sCT and sCD against a matrix product of the same precision measured in this run.
+
+Usage: python benchmarks/training_step.py [--out FILE] [--networks edm2_s …] [--parts compiled …] [--seconds 540]
+Two devices: python benchmarks/training_step.py --parts trainer --networks edm2_s --devices 2
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import lightning as L
+import numpy as np
+import torch
+from dit import DiT
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as nnF
+from torch.utils.flop_counter import FlopCounterMode
+
+from sclightning.backbones import EDM2, DDPMpp
+from sclightning.callbacks import EMA, TangentWarmup
+from sclightning.data.latents import ImageNetLatentDataModule
+from sclightning.modules import ConsistencyDistillation, ConsistencyTraining, TrigFlowDiffusion
+from sclightning.modules.base import TrigFlowModule
+from sclightning.objective import normalize, tangent, weighted_loss
+from sclightning.ops import reference
+from sclightning.trigflow import interpolate
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # maker and images a step
+    "edm2_s": (lambda: EDM2(num_classes=1000), 64),
+    "ddpmpp": (lambda: DDPMpp(dropout=0.13), 256),
+    "dit_xl": (lambda: DiT(num_classes=1000), 64),
+    "edm2_m": (lambda: EDM2(channels=256, num_classes=1000), 32),
+}
+TINY: dict[str, tuple[Callable[[], nn.Module], int]] = {  # to try this script without a GPU
+    "edm2_s": (lambda: EDM2(channels=16, channel_mult=[1] * 3, num_blocks=1, head_channels=16, num_classes=1000), 2),
+    "ddpmpp": (lambda: DDPMpp(resolution=8, channels=16, channel_mult=[1], num_blocks=1, dropout=0.13), 2),
+    "dit_xl": (lambda: DiT(num_classes=1000, hidden=32, depth=2, heads=4), 2),
+    "edm2_m": (lambda: EDM2(channels=32, channel_mult=[1] * 3, num_blocks=1, head_channels=16, num_classes=1000), 2),
+}
+PASSES = {"diffusion": 3, "sct": 4, "scd": 5}
+PARTS = ["compiled", "peers", "trainer", "eager", "peers_compiled"]
+
+
+class Step:
+    """A training step of a module as it stands, without a Trainer.
+
+    Args:
+        kind: ``diffusion``, ``sct`` or ``scd``.
+        make: Maker of the network.
+        batch: Images.
+        args: Of the command line: device, dtype, channels_last, backend, mode.
+        compiled: Whether to compile.
+        peers: Whether to do it the peers' way.
+    """
+
+    def __init__(
+        self, kind: str, make: Callable, batch: int, args: argparse.Namespace, compiled: bool, peers: bool = False
+    ):
+        options = compile_options(args) if compiled else False
+        self.args, self.module = args, module_of(kind, make, args, False if peers else options)
+        self.module.to(args.device).train()
+        network = self.module.backbone
+        self.x_0 = 0.5 * torch.randn(batch, network.in_channels, *[network.resolution] * 2, device=args.device)
+        self.label = torch.randint(network.num_classes, (batch,), device=args.device) if network.num_classes else None
+        self.loss = functools.partial(peers_loss, self.module, kind)
+        if peers and compiled:
+            self.loss = torch.compile(self.loss, **{"fullgraph": True, **options})
+        self.peers, self.steps = peers, 0
+        self.optimizer = self.module.configure_optimizers()
+        self.scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == torch.float16)
+        self.average = [p.detach().clone() for p in network.parameters()]
+
+    def forward_backward(self) -> None:
+        self.steps += 1
+        self.optimizer.zero_grad()
+        with torch.autocast(self.args.device, self.args.dtype):
+            if self.peers:
+                with self.module._draw(self.x_0, self.steps) as (z, t):
+                    loss = self.loss(self.x_0, z, t, self.label).mean()
+            else:
+                loss = self.module.training_step((self.x_0, self.label), self.steps)
+        self.scaler.scale(loss).backward()
+
+    def update(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.module._normalize_weights()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, list(self.module.backbone.parameters()), 1e-3)
+
+
+def compile_options(args: argparse.Namespace) -> dict:
+    return {"backend": args.backend} | ({} if args.mode is None else {"mode": args.mode})
+
+
+def module_of(kind: str, make: Callable, args: argparse.Namespace, compile: bool | dict) -> TrigFlowModule:
+    """A module with weights none of which is at its zero initial value."""
+    torch.manual_seed(0)
+
+    def network() -> nn.Module:
+        with torch.device(args.device):
+            net = make()
+        for p in net.parameters():
+            if not p.any():
+                nn.init.constant_(p, 1.0) if p.numel() == 1 else nn.init.normal_(p, std=0.02)
+        return net
+
+    # fused: no other optimizer can look for infinite gradients of float16 without making the host wait
+    optimizer = functools.partial(torch.optim.Adam, lr=1e-4, betas=(0.9, 0.99), eps=1e-11, fused=True)
+    options = {"optimizer": optimizer, "compile": compile, "channels_last": args.channels_last}
+    if kind == "diffusion":
+        return TrigFlowDiffusion(network(), **options)
+    if kind == "sct":
+        return ConsistencyTraining(network(), **options)
+    return ConsistencyDistillation(network(), teacher=network(), **options)
+
+
+def peers_loss(module: TrigFlowModule, kind: str, x_0: Tensor, z: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+    """Loss per sample as other implementations have it: teacher, no-gradient jvp and student each pass by itself."""
+    if kind == "diffusion":
+        return module.loss(x_0, z, t, label)
+    x_t = interpolate(x_0, z, t)
+    dx_t = module.velocity(x_t, x_0, z, t, label, None)
+    cos_sin = t.cos() * t.sin()
+    with torch.no_grad():
+        tangents = cos_sin.view(-1, 1, 1, 1) * dx_t, cos_sin * module.sigma_data
+        F_minus, J = torch.func.jvp(lambda x, t: module(x, t, label), (x_t / module.sigma_data, t), tangents)
+        g = normalize(tangent(F_minus.float(), J.float(), x_t, dx_t, t, module.sigma_data, module.tangent_warmup))
+    F = module(x_t / module.sigma_data, t, label)
+    return weighted_loss(F.float() - F_minus - g, module.adaptive_weight(t))
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    return torch.softmax(q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale), -1) @ v
+
+
+def naive_cosine_attention(qkv: Tensor) -> Tensor:
+    q, k, v = reference.pixel_norm(qkv, 2, 1e-4).unbind(3)
+    weights = torch.softmax(torch.einsum("bhdn,bhdm->bhnm", q, k * q.shape[2] ** -0.5), -1)
+    return torch.einsum("bhnm,bhdm->bhdn", weights, v)
+
+
+@contextlib.contextmanager
+def plain_operators() -> Iterator[None]:
+    """The networks with PyTorch's own linear layers and convolutions and with naive attention."""
+    with contextlib.ExitStack() as stack:
+        for name, operator in (
+            ("sclightning.ops.dual.linear", nnF.linear),
+            ("sclightning.ops.dual.conv2d", nnF.conv2d),
+            ("sclightning.backbones.layers.linear", nnF.linear),
+            ("sclightning.backbones.layers.conv2d", nnF.conv2d),
+            ("sclightning.backbones.edm2.cosine_attention", naive_cosine_attention),
+            ("sclightning.backbones.ddpmpp.jvp_attention", naive_attention),
+            ("dit.jvp_attention", naive_attention),
+        ):
+            stack.enter_context(mock.patch(name, operator))
+        yield
+
+
+# --- Measuring --------------------------------------------------------------------------------------------------------
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def clock(device: str) -> Callable[[], Callable[[], float]]:
+    """A function that marks a moment on the device's time line and gives its milliseconds once the device is done."""
+    if device != "cuda":
+        return lambda: functools.partial(lambda now: 1000 * now, time.perf_counter())
+    first = torch.cuda.Event(enable_timing=True)
+    first.record()
+
+    def mark() -> Callable[[], float]:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return lambda: first.elapsed_time(event)
+
+    return mark
+
+
+def measure(step: Step, repeats: int) -> dict:
+    """Median forward and backward, update, and both on end; images per second; peak of allocated memory."""
+    device, start = step.args.device, time.perf_counter()
+    for _ in range(3):
+        step.forward_backward()
+        step.update()
+    wait(device)
+    seconds = time.perf_counter() - start
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    mark, marks = clock(device), []
+    for _ in range(repeats):  # without waiting in between, as in training
+        marks.append(mark())
+        step.forward_backward()
+        marks.append(mark())
+        step.update()
+    marks.append(mark())
+    wait(device)
+    times = [moment() for moment in marks]
+    parts = [b - a for a, b in itertools.pairwise(times)]
+    ms, update_ms = statistics.median(parts[::2]), statistics.median(parts[1::2])
+    step_ms = (times[-1] - times[0]) / repeats
+    return {
+        "ms": round(ms, 3),
+        "update_ms": round(update_ms, 3),
+        "step_ms": round(step_ms, 3),
+        "images_per_second": round(1000 * len(step.x_0) / step_ms, 1),
+        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if device == "cuda" else None,
+        "first_three_steps_s": round(seconds, 1),
+        "finite": all(p.isfinite().all().item() for p in step.module.backbone.parameters()),
+    }
+
+
+def kernels(step: Step) -> list[str]:
+    """Where the device's time goes in one step: the forty kernels that take most, in milliseconds."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step.forward_backward()
+        step.update()
+        wait(step.args.device)
+    times: dict[str, list[float]] = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times.setdefault(event.name[:100], []).append(event.device_time / 1000)
+    ranked = sorted(times.items(), key=lambda item: -sum(item[1]))[:40]
+    return [f"{sum(t):8.3f} ms {len(t):5d} x {name}" for name, t in ranked]
+
+
+def ceiling_tflop_s(args: argparse.Namespace) -> float:
+    """Matrix product of the steps' precision on random data, 8192 cubed on a GPU."""
+    n, times = (8192 if args.device == "cuda" else 256), []
+    a, b = (torch.randn(n, n, device=args.device, dtype=args.dtype) for _ in range(2))
+    for _ in range(7):
+        mark = clock(args.device)
+        moments = mark(), [a @ b for _ in range(10)], mark()
+        wait(args.device)
+        times.append((moments[2]() - moments[0]()) / 10)
+    return 2 * n**3 / statistics.median(times) / 1e9
+
+
+def forward_gflop(make: Callable) -> float:
+    """FLOPs of a forward pass of one image, a multiplication and an addition counted as two."""
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():
+        network = make()
+        network(torch.empty(1, network.in_channels, *[network.resolution] * 2), torch.empty(1))
+    return counter.get_total_flops() / 1e9
+
+
+# --- Under the Trainer ------------------------------------------------------------------------------------------------
+
+
+class Timer(L.Callback):
+    """Wall time from the end of step ``first`` to the end of the last, waiting for the device at both only."""
+
+    def __init__(self, first: int, last: int):
+        self.first, self.last = first, last
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_) -> None:
+        if trainer.global_step in (self.first, self.last):
+            wait("cuda" if trainer.strategy.root_device.type == "cuda" else "cpu")
+            if trainer.global_step == self.first:
+                self.start = time.perf_counter()
+            else:
+                self.ms = 1000 * (time.perf_counter() - self.start) / (self.last - self.first)
+
+
+def under_trainer(make: Callable, batch: int, args: argparse.Namespace) -> dict:
+    """A step of sCD as a user runs it: data, autocast, optimizer, weight normalisation, average, logging, bar."""
+    first, last = (10, 10 + 4 * args.repeats) if args.device == "cuda" else (1, 3)
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        moments = rng.standard_normal((2048 if args.device == "cuda" else 16, 8, 64, 64)).astype(np.float16)
+        np.save(f"{folder}/train_moments.npy", moments)
+        np.save(f"{folder}/train_labels.npy", rng.integers(1000, size=len(moments)))
+        timer = Timer(first, last)
+        trainer = L.Trainer(
+            accelerator="gpu" if args.device == "cuda" else "cpu",
+            devices=args.devices,
+            strategy="ddp" if args.devices > 1 else "auto",
+            precision={torch.float16: "16-mixed", torch.bfloat16: "bf16-mixed"}[args.dtype],
+            max_steps=last,
+            default_root_dir=folder,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            callbacks=[EMA(sigma_rel=0.05), TangentWarmup(), timer],
+        )
+        module = module_of("scd", make, args, compile_options(args))
+        trainer.fit(module, datamodule=ImageNetLatentDataModule(folder, batch_size=batch))
+    if trainer.global_rank:
+        sys.exit()  # the rest is for the process that writes
+    return {"ms": round(timer.ms, 3), "images_per_second": round(1000 * batch * args.devices / timer.ms, 1)}
+
+
+# --- The run ----------------------------------------------------------------------------------------------------------
+
+
+def plan(args: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    """(network, part, kind) of each measurement, what matters most first."""
+    for name in args.networks:
+        for part in args.parts:
+            kinds = ["scd"] if part in ("peers", "peers_compiled", "trainer") else ["diffusion", "scd", "sct"]
+            if part == "trainer" and not name.startswith("edm2"):
+                continue  # its data are latents
+            yield from ((name, part, kind) for kind in kinds)
+
+
+def run(name: str, part: str, kind: str, args: argparse.Namespace) -> dict:
+    """One measurement, on a device that nothing else lies on."""
+    make, batch = (TINY if args.tiny else NETWORKS)[name]
+    batch = args.batch or batch
+    if part == "trainer":
+        return under_trainer(make, batch, args)
+    peers = part.startswith("peers")
+    with plain_operators() if peers else contextlib.nullcontext():
+        step = Step(kind, make, batch, args, compiled=part in ("compiled", "peers_compiled"), peers=peers)
+        found = measure(step, args.repeats)
+        if args.profile and args.device == "cuda":
+            found["kernels"] = kernels(step)
+    return found
+
+
+def summary(results: dict, name: str) -> None:
+    """The figures that the README and the tests of a claim read, where their parts are measured."""
+    network = results["networks"][name]
+    compiled, peers = network.get("compiled", {}), network.get("peers", {}).get("scd", {})
+    base = compiled.get("diffusion", {})
+    network |= {f"{kind}_ms": compiled[kind]["ms"] for kind in compiled if "ms" in compiled[kind]}
+    if "ms" in peers:
+        network["peers_scd_ms"] = peers["ms"]
+    if "ms" not in base:
+        return
+    for kind in ("sct", "scd"):
+        if "ms" in compiled.get(kind, {}):
+            network[f"{kind}_over_diffusion"] = round(compiled[kind]["ms"] / base["ms"], 3)
+    if compiled.get("scd", {}).get("peak_gb"):
+        network["peak_over_diffusion"] = round(compiled["scd"]["peak_gb"] / base["peak_gb"], 3)
+    tflop = {kind: PASSES[kind] * network["forward_gflop"] * network["batch"] / 1e3 for kind in compiled}
+    network["tflop_s"] = {k: round(1e3 * tflop[k] / compiled[k]["ms"], 4) for k in compiled if "ms" in compiled[k]}
+    network["ceiling_fraction"] = {k: round(v / results["ceiling_tflop_s"], 4) for k, v in network["tflop_s"].items()}
+    trainer = network.get("trainer", {}).get("scd", {})
+    if "ms" in trainer and "ms" in compiled.get("scd", {}):
+        network["trainer_over_bare"] = round(trainer["ms"] / compiled["scd"]["step_ms"], 3)
+
+
+def table(results: dict) -> str:
+    """The measurements in Markdown."""
+    lines = ["| network, images | | diffusion | sCT | sCD | update | sCD images/s | peak GB, sCD | sCD / diffusion |"]
+    lines.append("|" + "---|" * 9)
+    for name, network in results["networks"].items():
+        for part in PARTS:
+            found = network.get(part, {})
+            if part == "trainer" or not found:
+                continue
+            ms = [f"{found[k]['ms']:.1f}" if "ms" in found.get(k, {}) else "-" for k in PASSES]
+            scd, base = found.get("scd", {}), found.get("diffusion", network.get("eager", {}).get("diffusion", {}))
+            ratio = f"{scd['ms'] / base['ms']:.2f}" if "ms" in scd and "ms" in base else "-"
+            cells = [scd.get(key, "-") for key in ("update_ms", "images_per_second", "peak_gb")]
+            lines.append("| " + " | ".join([f"{name}, {network['batch']}", part, *ms, *map(str, cells), ratio]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Write the JSON after each measurement anew; what is not asked for stays as it was."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training_step.json"))
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--seconds", type=float, default=540, help="begin no measurement after this time")
+    parser.add_argument("--resume", action="store_true", help="leave out what the file has already")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--batch", type=int, help="images a step, if not the network's own")
+    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
+    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--mode", help="of torch.compile")
+    parser.add_argument("--profile", action="store_true", help="also list each step's kernels")
+    parser.add_argument("--devices", type=int, default=1, help="of the part trainer, with DDP")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="networks of a few thousand weights")
+    args = parser.parse_args()
+    args.dtype, deadline = getattr(torch, args.dtype), time.monotonic() + args.seconds
+    warnings.filterwarnings("ignore")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(args.out.read_text()) if args.out.exists() else {"networks": {}}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    results |= {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "commit": commit or None,
+        "precision": f"{args.dtype} autocast".removeprefix("torch."),
+        "channels_last": args.channels_last,
+        "ceiling_tflop_s": round(ceiling_tflop_s(args), 4),
+    }
+    for name, part, kind in plan(args):
+        make, batch = (TINY if args.tiny else NETWORKS)[name]
+        network = results["networks"].setdefault(name, {})
+        network |= {"batch": args.batch or batch, "forward_gflop": forward_gflop(make)}
+        key = part if args.devices == 1 else f"{part}_{args.devices}_devices"
+        if (args.resume and "ms" in network.get(key, {}).get(kind, {})) or time.monotonic() > deadline:
+            continue
+        try:
+            found = run(name, part, kind, args)
+        except Exception as error:  # say so and go on: the rest is worth having
+            found = {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
+        network.setdefault(key, {})[kind] = found
+        summary(results, name)
+        args.out.write_text(json.dumps(results, indent=2) + "\n")
+        print(name, key, kind, json.dumps({k: v for k, v in found.items() if k != "kernels"}), flush=True)
+        print("\n".join(found.get("kernels", [])), end="", flush=True)
+        torch._dynamo.reset()
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
