@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sclightning.backbones import EDM2, DDPMpp
 from sclightning.callbacks import EMA, TangentWarmup
-from sclightning.data.latents import ImageNetLatentDataModule
+from sclightning.data.arrays import ArrayDataset, ImageDataModule, from_uint8
 from sclightning.modules import ConsistencyDistillation, ConsistencyTraining, TrigFlowDiffusion
 from sclightning.modules.base import TrigFlowModule
 from sclightning.objective import normalize, tangent, weighted_loss
@@ -285,14 +285,27 @@ class Timer(L.Callback):
                 self.ms = 1000 * (time.perf_counter() - self.start) / (self.last - self.first)
 
 
+class RandomLatents(ImageDataModule):
+    """Bytes and labels drawn once, from the loader and the stream that the package's data have."""
+
+    name, image_shape, num_classes, sigma_data = "random", (4, 64, 64), 1000, 0.5
+
+    def __init__(self, batch_size: int):
+        super().__init__(batch_size, 0, 0, 1, 0)
+
+    def read(self, split: str) -> ArrayDataset:
+        rng = np.random.default_rng(0)
+        images = rng.integers(256, size=(2048, *self.image_shape), dtype=np.uint8)
+        return ArrayDataset(images, rng.integers(1000, size=len(images)))
+
+    def on_after_batch_transfer(self, batch, dataloader_idx: int):
+        return from_uint8(batch[0]), batch[1]
+
+
 def under_trainer(make: Callable, batch: int, args: argparse.Namespace) -> dict:
     """A step of sCD as a user runs it: data, autocast, optimizer, weight normalisation, average, logging, bar."""
     first, last = (10, 10 + 4 * args.repeats) if args.device == "cuda" else (1, 3)
-    rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        moments = rng.standard_normal((2048 if args.device == "cuda" else 16, 8, 64, 64)).astype(np.float16)
-        np.save(f"{folder}/train_moments.npy", moments)
-        np.save(f"{folder}/train_labels.npy", rng.integers(1000, size=len(moments)))
         timer = Timer(first, last)
         trainer = L.Trainer(
             accelerator="gpu" if args.device == "cuda" else "cpu",
@@ -307,8 +320,7 @@ def under_trainer(make: Callable, batch: int, args: argparse.Namespace) -> dict:
             num_sanity_val_steps=0,
             callbacks=[EMA(sigma_rel=0.05), TangentWarmup(), timer],
         )
-        module = module_of("scd", make, args, compile_options(args))
-        trainer.fit(module, datamodule=ImageNetLatentDataModule(folder, batch_size=batch))
+        trainer.fit(module_of("scd", make, args, compile_options(args)), datamodule=RandomLatents(batch))
     if trainer.global_rank:
         sys.exit()  # the rest is for the process that writes
     return {"ms": round(timer.ms, 3), "images_per_second": round(1000 * batch * args.devices / timer.ms, 1)}
@@ -323,7 +335,7 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
         for part in args.parts:
             kinds = ["scd"] if part in ("peers", "peers_compiled", "trainer") else ["diffusion", "scd", "sct"]
             if part == "trainer" and not name.startswith("edm2"):
-                continue  # its data are latents
+                continue  # the data are random latents
             yield from ((name, part, kind) for kind in kinds)
 
 

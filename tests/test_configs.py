@@ -56,6 +56,7 @@ def read(name):
 def load(name, *args):
     args = ["--config", str(CONFIGS / f"{name}.yaml"), *args]
     args += ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32-true"]
+    args += ["--model.compile=false"]  # whole networks take Dynamo minutes here
     return SCLightningCLI(args=args, run=False)
 
 
