@@ -40,18 +40,9 @@ class ConsistencyModel(TrigFlowModule):
         activation_checkpointing: bool = False,
     ):
         super().__init__(
-            backbone,
-            sigma_data,
-            P_mean,
-            P_std,
-            optimizer,
-            lr_scheduler,
-            guidance_scale,
-            seed,
-            compile,
-            channels_last,
+            backbone, sigma_data, P_mean, P_std, optimizer, lr_scheduler, guidance_scale, seed, compile, channels_last,
             activation_checkpointing,
-        )
+        )  # fmt: skip
         self.teacher_checkpoint = teacher_checkpoint
         self.normalization, self.c, self.shared_primal = normalization, c, shared_primal
         self.times = list(times)
@@ -182,23 +173,9 @@ class ConsistencyTraining(ConsistencyModel):
         activation_checkpointing: bool = False,
     ):
         super().__init__(
-            backbone,
-            teacher_checkpoint,
-            sigma_data,
-            P_mean,
-            P_std,
-            normalization,
-            c,
-            times,
-            None,
-            shared_primal,
-            optimizer,
-            lr_scheduler,
-            seed,
-            compile,
-            channels_last,
-            activation_checkpointing,
-        )
+            backbone, teacher_checkpoint, sigma_data, P_mean, P_std, normalization, c, times, None, shared_primal,
+            optimizer, lr_scheduler, seed, compile, channels_last, activation_checkpointing,
+        )  # fmt: skip
         self.save_hyperparameters(ignore=["backbone", "optimizer", "lr_scheduler"])
 
     def velocity(
@@ -262,23 +239,9 @@ class ConsistencyDistillation(ConsistencyModel):
         activation_checkpointing: bool = False,
     ):
         super().__init__(
-            backbone,
-            teacher_checkpoint,
-            sigma_data,
-            P_mean,
-            P_std,
-            normalization,
-            c,
-            times,
-            guidance_scale,
-            shared_primal,
-            optimizer,
-            lr_scheduler,
-            seed,
-            compile,
-            channels_last,
-            activation_checkpointing,
-        )
+            backbone, teacher_checkpoint, sigma_data, P_mean, P_std, normalization, c, times, guidance_scale,
+            shared_primal, optimizer, lr_scheduler, seed, compile, channels_last, activation_checkpointing,
+        )  # fmt: skip
         self.save_hyperparameters(ignore=["backbone", "teacher", "optimizer", "lr_scheduler"])
         self.teacher, self.guidance_range = teacher, guidance_range
         if teacher is not None:

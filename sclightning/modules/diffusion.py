@@ -52,18 +52,9 @@ class TrigFlowDiffusion(TrigFlowModule):
         activation_checkpointing: bool = False,
     ):
         super().__init__(
-            backbone,
-            sigma_data,
-            P_mean,
-            P_std,
-            optimizer,
-            lr_scheduler,
-            guidance_scale,
-            seed,
-            compile,
-            channels_last,
+            backbone, sigma_data, P_mean, P_std, optimizer, lr_scheduler, guidance_scale, seed, compile, channels_last,
             activation_checkpointing,
-        )
+        )  # fmt: skip
         self.save_hyperparameters(ignore=["backbone", "optimizer", "lr_scheduler"])
         self.label_dropout, self.solver, self.steps = label_dropout, solver, steps
 
