@@ -354,9 +354,13 @@ def run(name: str, part: str, kind: str, args: argparse.Namespace) -> dict:
     return found
 
 
-def summary(results: dict, name: str) -> None:
+def summary(results: dict, name: str, devices: int) -> None:
     """The figures that the README and the tests of a claim read, where their parts are measured."""
     network = results["networks"][name]
+    alone = network.get("trainer", {}).get("scd", {}).get("images_per_second")
+    together = network.get(f"trainer_{devices}_devices", {}).get("scd", {}).get("images_per_second")
+    if alone and together:
+        network[f"scaling_efficiency_{devices}"] = round(together / alone / devices, 3)
     compiled, peers = network.get("compiled", {}), network.get("peers", {}).get("scd", {})
     base = compiled.get("diffusion", {})
     network |= {f"{kind}_ms": compiled[kind]["ms"] for kind in compiled if "ms" in compiled[kind]}
@@ -438,7 +442,7 @@ def main() -> None:
         except Exception as error:  # say so and go on: the rest is worth having
             found = {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
         network.setdefault(key, {})[kind] = found
-        summary(results, name)
+        summary(results, name, args.devices)
         args.out.write_text(json.dumps(results, indent=2) + "\n")
         print(name, key, kind, json.dumps({k: v for k, v in found.items() if k != "kernels"}), flush=True)
         print("\n".join(found.get("kernels", [])), end="", flush=True)
