@@ -24,7 +24,9 @@ from sclightning.callbacks import SampleWriter
 from sclightning.modules.base import TrigFlowModule
 
 # Commands that need no Trainer: name of the command -> module and function, whose docstring is the command's help.
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "prepare": ("sclightning.data.prepare", "prepare"),
+}
 
 
 class SaveFitConfig(SaveConfigCallback):
