@@ -72,6 +72,8 @@ def test_augmentation_condition():
     none = network(x, t)
     torch.testing.assert_close(network(x, t, augment=torch.zeros(2, 9)), none)
     assert (network(x, t, augment=torch.ones(2, 9)) - none).abs().max() > 1e-3
+    none.sum().backward()
+    assert network.augment_embedding.weight.grad is not None  # or DDP would wait for it
     with pytest.raises(ValueError, match="augment_dim=0, but augment was given"):
         DDPMpp(**SMALL | {"augment_dim": 0})(x, t, augment=torch.zeros(2, 9))
 

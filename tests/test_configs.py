@@ -11,6 +11,7 @@ import torch
 from sclightning.callbacks import EMA, TangentWarmup
 from sclightning.cli import SCLightningCLI
 from sclightning.data import cifar10
+from sclightning.data.storage import write_metadata
 from sclightning.modules import ConsistencyDistillation, ConsistencyTraining, TrigFlowDiffusion
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -158,6 +159,7 @@ def data_sets(tmp_path, monkeypatch):
         path.mkdir(parents=True)
         np.save(path / f"train_{file}.npy", array)
         np.save(path / "train_labels.npy", rng.integers(0, 1000, 4))
+        write_metadata(path, "train", file, 1000, "paper" if file == "moments" else None)
     pixels = rng.normal(127.5, 64, (4, 32, 32, 3)).clip(0, 255).astype(np.uint8)  # of CIFAR-10's standard deviation
     images = SimpleNamespace(data=pixels, targets=[0, 9, 3, 5])
     monkeypatch.setattr(cifar10, "CIFAR10", lambda root, **options: images)

@@ -1,10 +1,32 @@
 """The VAE between images and latents: diffusers' ``AutoencoderKL``."""
 
+from typing import Literal, NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sclightning.data.latents import CONVENTIONS, Convention
+from sclightning.data.arrays import to_uint8
+
+Convention = Literal["paper", "edm2"]
+
+
+class Statistics(NamedTuple):
+    """What a convention of latents consists of, measured on ImageNet 512 and ``stabilityai/sd-vae-ft-mse``."""
+
+    low: float
+    """Black before the encoder; white is 1."""
+    mean: tuple[float, ...]
+    """Mean of each latent channel."""
+    std: tuple[float, ...]
+    """Standard deviation of each latent channel."""
+
+
+CONVENTIONS: dict[Convention, Statistics] = {
+    "paper": Statistics(-1.0, (1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31)),  # App. G
+    "edm2": Statistics(0.0, (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)),
+}
+"""The encoder was trained on images in [-1, 1]; EDM2 shows it [0, 1], which costs its largest models FID (App. G)."""
 
 
 def load_vae(path: str) -> nn.Module:
@@ -42,6 +64,20 @@ def encode(vae: nn.Module, images: Tensor, convention: Convention) -> Tensor:
     low = CONVENTIONS[convention].low
     posterior = vae.encode(images.float() / 255 * (1 - low) + low).latent_dist
     return torch.cat([posterior.mean, posterior.std], dim=1).half().cpu()
+
+
+@torch.inference_mode()
+def decode(vae: nn.Module, latents: Tensor, convention: Convention) -> Tensor:
+    """Pictures of latents as they come out of the encoder, uint8 (B, 3, H, W); a few at a time, for memory.
+
+    Args:
+        vae: Autoencoder.
+        latents: Shape (B, C, h, w), on its device.
+        convention: Range of the images before the encoder.
+    """
+    low = CONVENTIONS[convention].low
+    pictures = torch.cat([vae.decode(part).sample for part in latents.float().split(16)])
+    return to_uint8(2 * (pictures - low) / (1 - low) - 1)
 
 
 def channel_statistics(moments: np.ndarray) -> dict[str, list[float]]:

@@ -1,34 +1,15 @@
 """ImageNet at 512x512 as latents of the Stable Diffusion VAE, from memory-mapped arrays."""
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from sclightning.data.arrays import ArrayDataset, ImageDataModule, Split
+from sclightning.data.autoencoder import CONVENTIONS, Convention, decode, load_vae
 from sclightning.data.storage import open_split
-
-Convention = Literal["paper", "edm2"]
-
-
-class Statistics(NamedTuple):
-    """What a convention of latents consists of, measured on ImageNet 512 and ``stabilityai/sd-vae-ft-mse``."""
-
-    low: float
-    """Black before the encoder; white is 1."""
-    mean: tuple[float, ...]
-    """Mean of each latent channel."""
-    std: tuple[float, ...]
-    """Standard deviation of each latent channel."""
-
-
-CONVENTIONS: dict[Convention, Statistics] = {
-    "paper": Statistics(-1.0, (1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31)),  # App. G
-    "edm2": Statistics(0.0, (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)),
-}
-"""The encoder was trained on images in [-1, 1]; EDM2 shows it [0, 1], which costs its largest models FID (App. G)."""
 
 
 class ImageNetLatentDataModule(ImageDataModule):
@@ -44,6 +25,8 @@ class ImageNetLatentDataModule(ImageDataModule):
             1], or ``edm2``'s, [0, 1]. Refused if the data was prepared in the other.
         mean: Mean of each latent channel; the convention's if not given.
         std: Standard deviation of each latent channel; the convention's if not given.
+        vae: Decoder of samples, needed for pictures only: a local folder in diffusers' layout or a name on the Hugging
+            Face hub, the paper's being ``stabilityai/sd-vae-ft-mse``. Needs ``pip install 'sclightning[vae]'``.
         name: Name of the data in results.
         image_shape: (C, H, W) of a latent.
         num_classes: Number of labels; 0 for unconditional data.
@@ -63,6 +46,7 @@ class ImageNetLatentDataModule(ImageDataModule):
         convention: Convention = "paper",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        vae: str | None = None,
         name: str = "imagenet-512-latents",
         image_shape: tuple[int, int, int] = (4, 64, 64),
         num_classes: int = 1000,
@@ -73,7 +57,7 @@ class ImageNetLatentDataModule(ImageDataModule):
         seed: int = 0,
     ):
         super().__init__(batch_size, num_val_samples, num_test_samples, sample_batch_size, seed)
-        self.root, self.convention = root, convention
+        self.root, self.convention, self.vae, self._decoder = root, convention, vae, None
         self.mean = list(CONVENTIONS[convention].mean if mean is None else mean)
         self.std = list(CONVENTIONS[convention].std if std is None else std)
         self.name, self.image_shape, self.num_classes = name, tuple(image_shape), num_classes
@@ -102,14 +86,29 @@ class ImageNetLatentDataModule(ImageDataModule):
         return (x_0, batch[1]) if self.num_classes else x_0
 
     def to_uint8(self, x: Tensor) -> Tensor:
-        """Refused: a decoder is needed.
+        """Pictures (B, 3, H, W) of whitened latents, by the VAE's decoder.
 
         Raises:
-            NotImplementedError: Always.
+            ValueError: If no VAE was given.
         """
-        raise NotImplementedError(
-            "Latents are no images and this data module has no VAE decoder; decode (x * std / 0.5 + mean) with "
-            "stabilityai/sd-vae-ft-mse, and leave SampleGrid and FIDEvaluation out of the run."
+        if self.vae is None:
+            raise ValueError(
+                "Samples are latents, and pictures of them need a decoder; set data.init_args.vae to "
+                "stabilityai/sd-vae-ft-mse or a local copy, or leave out what looks at pictures."
+            )
+        if self._decoder is None:
+            self._decoder = load_vae(self.vae)
+        mean, std = _per_channel(self.mean, x.device), _per_channel(self.std, x.device)
+        return decode(self._decoder.to(x.device), x * (std / 0.5) + mean, self.convention)
+
+    def reference_dataloader(self, *args, **options) -> DataLoader:
+        """Refused: the real images are not here.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "Stored latents are no images to compare samples with; give reference statistics of the images themselves."
         )
 
 
@@ -125,5 +124,8 @@ def posterior_noise(shape: Sequence[int], seed: int, positions: Iterable[int], d
 
 def whiten(latents: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Latents (B, C, H, W) of channel mean 0 and standard deviation 0.5, the model's ``sigma_data``."""
-    mean, std = (torch.tensor(values, device=latents.device).view(-1, 1, 1) for values in (mean, std))
-    return (latents - mean) * (0.5 / std)
+    return (latents - _per_channel(mean, latents.device)) * (0.5 / _per_channel(std, latents.device))
+
+
+def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(-1, 1, 1)

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import os
 import struct
 import zipfile
 import zlib
@@ -20,8 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sclightning import __version__
 from sclightning.data.arrays import Split
-from sclightning.data.autoencoder import channel_statistics, encode, load_vae
-from sclightning.data.latents import Convention
+from sclightning.data.autoencoder import Convention, channel_statistics, encode, load_vae
 from sclightning.data.requests import whole
 from sclightning.data.sources import Source, centre_crop, open_source
 from sclightning.data.storage import Kind, PartialSplit, differences, read_metadata, write_metadata
@@ -183,6 +183,8 @@ def _work(rank: int, world: int, job: _Job):
         batch_sampler=todo,
         collate_fn=whole,
         num_workers=job.workers,
+        # Started by spawn, this process would spawn its workers too, and each import everything for seconds.
+        multiprocessing_context="fork" if job.workers and os.name == "posix" else None,
     )
     for good, values, bad in loader:
         if good and vae is not None:

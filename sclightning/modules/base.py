@@ -25,6 +25,8 @@ class TrigFlowModule(L.LightningModule):
 
     nfe: int
     """Network evaluations per sample."""
+    takes_augment = False
+    """Whether ``training_step`` passes on what it is told of augmentation, the third entry of a batch."""
 
     def __init__(
         self,
@@ -65,7 +67,8 @@ class TrigFlowModule(L.LightningModule):
         """Compare the module with the data it meets.
 
         Raises:
-            ValueError: If the data module's standard deviation is not this module's.
+            ValueError: If the data module's standard deviation is not this module's, or it augments images and the
+                network is not told.
         """
         measured = getattr(self.trainer.datamodule, "sigma_data", None)
         if measured is not None and abs(measured / self.sigma_data - 1) > 0.05:
@@ -73,8 +76,22 @@ class TrigFlowModule(L.LightningModule):
                 f"The training images have a standard deviation of {measured:.3f}, the model was given "
                 f"sigma_data={self.sigma_data}; set model.init_args.sigma_data to {measured:.3f}."
             )
+        augment_dim = getattr(self.trainer.datamodule, "augment_dim", 0)
+        told = getattr(self.backbone, "augment_dim", 0) if self.takes_augment else 0
+        if stage == "fit" and augment_dim not in (0, told):
+            raise ValueError(
+                f"The data is augmented, of which {type(self).__name__} does not tell its network; set "
+                f"data.init_args.augment to 0, or give a TrigFlowDiffusion a backbone with augment_dim: {augment_dim}."
+            )
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        label: Tensor | None = None,
+        guidance: Tensor | None = None,
+        augment: Tensor | None = None,
+    ) -> Tensor:
         """Velocity F of the backbone, in the dtype of ``x``.
 
         Args:
@@ -82,8 +99,9 @@ class TrigFlowModule(L.LightningModule):
             t: Times in radians, shape (B,), float32.
             label: Class labels, int64 (B,), -1 for none.
             guidance: Guidance scale per sample, shape (B,).
+            augment: Augmentation condition, shape (B, augment_dim).
         """
-        return self._call(self.backbone, x, t, label, guidance)
+        return self._call(self.backbone, x, t, label, guidance, augment)
 
     @torch.no_grad()
     def sample(
@@ -145,13 +163,14 @@ class TrigFlowModule(L.LightningModule):
         t: Tensor,
         label: Tensor | None = None,
         guidance: Tensor | None = None,
+        augment: Tensor | None = None,
     ) -> Tensor:
         """Evaluate a network and hold it to the contract.
 
         Shapes are looked at always, values at the first output only: that stalls the device.
         """
         # Only the conditions there are, so that ``net(x, t)`` is enough of a signature.
-        conditions = {"label": label, "guidance": guidance}
+        conditions = {"label": label, "guidance": guidance, "augment": augment}
         F = network(x.to(self.dtype), t, **{name: value for name, value in conditions.items() if value is not None})
         if F.shape != x.shape:
             raise ValueError(

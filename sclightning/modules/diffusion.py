@@ -47,14 +47,17 @@ class TrigFlowDiffusion(TrigFlowModule):
         self.save_hyperparameters(ignore=["backbone", "optimizer", "lr_scheduler"])
         self.label_dropout, self.solver, self.steps = label_dropout, solver, steps
 
-    def training_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Denoising loss of one batch, averaged."""
+    takes_augment = True
+
+    def training_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        """Denoising loss of one batch, averaged; of ``(x_0, label, augment)`` the network is told ``augment``."""
         x_0, label = self._split(batch)
+        augment = batch[2] if isinstance(batch, tuple | list) and len(batch) > 2 else None
         with self._draw(x_0, batch_idx) as (z, t):
             if label is not None and self.label_dropout > 0:
                 label = label.masked_fill(torch.rand(len(label), device=label.device) < self.label_dropout, -1)
             x_t, v_t = interpolate(x_0, z, t), velocity(x_0, z, t)
-            F = self(x_t / self.sigma_data, t, label)
+            F = self(x_t / self.sigma_data, t, label, augment=augment)
             loss = weighted_loss(self.sigma_data * F - v_t, self.adaptive_weight(t)).mean()
         self.log("loss", loss, prog_bar=True)
         return loss
