@@ -56,7 +56,7 @@ class Module(TrigFlowDiffusion):
 
 def run(data, steps, ckpt_path=None):
     seen.clear()
-    module = Module(randomize(PlainNet(4 if data == "latents" else 3)), 1.0)
+    module = Module(randomize(PlainNet(4 if data == "latents" else 3)), 0.5)
     module.takes_augment, module.backbone.augment_dim = True, 9
     trainer = L.Trainer(**options, max_steps=steps)
     trainer.fit(module, datamodule=DATA[data](), ckpt_path=ckpt_path)
