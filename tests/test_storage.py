@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from sclightning.data.storage import PartialSplit, differences, open_split, read_metadata, write_metadata
+from sclightning.data.storage import (
+    PartialSplit,
+    differences,
+    open_split,
+    read_metadata,
+    remove_partial,
+    write_metadata,
+)
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 3, 4, 4), np.uint8)
 LABELS = np.arange(10) % 3
@@ -116,8 +123,15 @@ def test_finish_puts_the_arrays_in_place(tmp_path, corrupt, killed):
         partial.write([], [], corrupt)
         partial.finish(LABELS)
     write_metadata(tmp_path, "train", "images", 3)
-    partial.remove()
+    remove_partial(tmp_path, "train")
     split = open_split(tmp_path, "train", **EXPECTED)
     assert np.array_equal(split.images, IMAGES[good]) and np.array_equal(split.labels, LABELS[good])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train.json", "train_images.npy", "train_labels.npy"]
     assert read_metadata(tmp_path, "train")["arrays"]["images"]["shape"] == [len(good), 3, 4, 4]
+
+
+def test_arrays_that_the_disk_has_no_room_for_are_refused(tmp_path):
+    """Before anything is computed: a memory map that runs out of disk dies of a signal."""
+    with pytest.raises(OSError, match=r"GB free and the arrays take 786432000 GB; choose another folder"):
+        PartialSplit.begin(tmp_path, "train", "images", np.uint8, (10**12, 3, 512, 512), {})
+    assert not list(tmp_path.iterdir())

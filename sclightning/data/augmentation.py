@@ -60,7 +60,7 @@ def condition(parameters: Tensor) -> Tensor:
 
 
 def transform(images: Tensor, parameters: Tensor) -> Tensor:
-    """Square images (B, C, H, H) under the affine maps of parameters (B, 8).
+    """Square images (B, C, H, H), on any device, under the affine maps of parameters (B, 8), on the CPU.
 
     Bicubic interpolation, reflection beyond the border. EDM filters with a wavelet at twice the resolution instead.
     """

@@ -90,8 +90,9 @@ class CIFAR10DataModule(ImageDataModule):
             return batch
         x_0, label = (batch, None) if isinstance(batch, Tensor) else batch
         # With probability 0 all that is left of the augmentation is the flip.
-        parameters = draw_parameters(self.hparams.seed, self.positions(len(x_0)), self.augment).to(x_0.device)
+        parameters = draw_parameters(self.hparams.seed, self.positions(len(x_0)), self.augment)
         if self.augment:
-            return transform(x_0, parameters), label, condition(parameters)
-        x_0 = torch.where(parameters[:, 0].bool()[:, None, None, None], x_0.flip(3), x_0)
+            return transform(x_0, parameters), label, condition(parameters).to(x_0.device)
+        flipped = parameters[:, 0].bool().view(-1, 1, 1, 1).to(x_0.device)
+        x_0 = torch.where(flipped, x_0.flip(3), x_0)
         return x_0 if label is None else (x_0, label)

@@ -113,7 +113,7 @@ class ImageNetLatentDataModule(ImageDataModule):
 
 
 def posterior_noise(shape: Sequence[int], seed: int, positions: Iterable[int], device: torch.device) -> Tensor:
-    """Unit noise (B, *shape), a pure function of (seed, position in the stream) for a kind of device."""
+    """Unit noise, one of ``shape`` for each position: a pure function of (seed, position) for a kind of device."""
     generator, noise = torch.Generator(device), []
     for position in positions:
         key = np.random.SeedSequence(seed, spawn_key=(2, position)).generate_state(1, np.uint64)

@@ -24,7 +24,7 @@ from sclightning.data.arrays import Split
 from sclightning.data.autoencoder import Convention, channel_statistics, encode, load_vae
 from sclightning.data.requests import whole
 from sclightning.data.sources import Source, centre_crop, open_source
-from sclightning.data.storage import Kind, PartialSplit, differences, read_metadata, write_metadata
+from sclightning.data.storage import Kind, PartialSplit, differences, read_metadata, remove_partial, write_metadata
 from sclightning.metrics import weights_digest
 
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, struct.error)
@@ -70,6 +70,7 @@ def prepare(
     job = _plan(images, out, split, resolution, vae, convention, workers, batch_size)
     partial = _begin(job)
     if partial is None:
+        remove_partial(out, split)  # of a run that was killed between its last two lines
         print(f"{out} holds this {split} split already.")
         return
     gpus = torch.cuda.device_count()
@@ -96,7 +97,7 @@ def prepare(
     packages = ["torch", "numpy", "pillow", *(["diffusers"] if vae else [])]
     versions = {"sclightning": __version__} | {name: importlib.metadata.version(name) for name in packages}
     write_metadata(out, split, job.kind, skipped=skipped, versions=versions, **measured, **job.recipe)
-    partial.remove()
+    remove_partial(out, split)
     print(f"{out} holds {len(array)} {job.kind} of {split}" + (f", {len(skipped)} were skipped." if skipped else "."))
 
 

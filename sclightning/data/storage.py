@@ -6,7 +6,9 @@ written last: where it is, the arrays are complete.
 
 import hashlib
 import json
+import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,6 +142,7 @@ class PartialSplit:
             recipe: What decides the values of the arrays; plain data.
 
         Raises:
+            OSError: If there is no room for the array.
             ValueError: If an unfinished run had another recipe.
         """
         root = Path(root)
@@ -155,6 +158,9 @@ class PartialSplit:
             partial.flags[partial.flags == _CORRUPT] = _TODO  # repaired, perhaps
             return partial
         root.mkdir(parents=True, exist_ok=True)
+        need, free = math.prod(shape) * np.dtype(dtype).itemsize / 1e9, shutil.disk_usage(root).free / 1e9
+        if need > free:  # a memory map that runs out of disk dies of a signal
+            raise OSError(f"{root} has {free:.0f} GB free and the arrays take {need:.0f} GB; choose another folder.")
         for name, dtype_, shape_ in ((kind, dtype, shape), ("flags", np.uint8, shape[:1])):
             np.lib.format.open_memmap(root / f"{split}_{name}.partial.npy", "w+", dtype_, shape_).flush()
         _write_json(begun, recipe)
@@ -205,16 +211,17 @@ class PartialSplit:
             self._path(self.kind).replace(final)
         return np.load(final, mmap_mode="r")
 
-    def remove(self) -> None:
-        """Delete what only an unfinished split needs."""
-        for path in (self.root / f"{self.split}.partial.json", self._path("flags"), self._path(self.kind)):
-            path.unlink(missing_ok=True)
-
     def _path(self, name: str) -> Path:
         return self.root / f"{self.split}_{name}.partial.npy"
 
     def _final(self, name: str) -> Path:
         return self.root / f"{self.split}_{name}.npy"
+
+
+def remove_partial(root: str | Path, split: Split) -> None:
+    """Delete what only an unfinished split needs."""
+    for path in Path(root).glob(f"{split}*.partial.*"):
+        path.unlink()
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
