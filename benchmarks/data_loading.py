@@ -126,7 +126,7 @@ def main() -> None:
     result = {
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[2],
+        "load_average_15_minutes": os.getloadavg()[2],
         "python": platform.python_version(),
         "versions": {package: version(package) for package in ("torch", "numpy", "webdataset")},
         "commit": commit or None,
