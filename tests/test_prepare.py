@@ -96,7 +96,7 @@ def test_killed_command_goes_on_where_it_was(folder, tmp_path, tiny_vae, latents
     options = ["--resolution=16", "--workers=0", "--batch_size=2", *([f"--vae={tiny_vae}"] if latents else [])]
     command = [sys.executable, "-m", "sclightning", "prepare", str(folder), str(tmp_path / "out"), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    flags, deadline = tmp_path / "out" / "train_flags.partial.npy", time.monotonic() + 60
+    flags, deadline = tmp_path / "out" / "train_flags.partial.npy", time.monotonic() + 300
     while not (flags.exists() and flags.stat().st_size > 128 and np.load(flags).sum() == 4):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)

@@ -103,7 +103,7 @@ def runs(request, tmp_path_factory):
             runpy.run_path(str(script))
     else:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, *command], check=True, env=environment, timeout=180)
+        subprocess.run([sys.executable, *command], check=True, env=environment, timeout=600)
     return moments, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(devices)]
 
 

@@ -19,7 +19,7 @@ class TrigFlowModule(L.LightningModule):
     """A network on the TrigFlow arc; subclasses give ``training_step``, ``sampler`` and ``nfe``.
 
     A training batch is ``(x_0, label)`` or ``x_0``: x_0 of standard deviation ``sigma_data``, shape (B, C, H, W), label
-    int64 (B,). Where ``takes_augment``, it may also be ``(x_0, label or None, augment)``. Validation, test and prediction
+    int64 (B,). Where ``takes_augment``, also ``(x_0, label or None, augment)``. Validation, test and prediction
     batches are :class:`~sclightning.data.requests.SampleRequest`; each step returns samples in the range of the data.
     """
 
