@@ -24,7 +24,10 @@ from sclightning.callbacks import SampleWriter
 from sclightning.modules.base import TrigFlowModule
 
 # Commands that need no Trainer: name of the command -> module and function, whose docstring is the command's help.
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "ema": ("sclightning.callbacks.posthoc_ema", "reconstruct"),
+    "export": ("sclightning.export", "export"),
+}
 
 
 class SaveFitConfig(SaveConfigCallback):
