@@ -320,8 +320,8 @@ def test_command_makes_a_checkpoint_like_any_other(tmp_path, write_config, capsy
 # --- Shards -----------------------------------------------------------------------------------------------------------
 
 
-def worker(folder, resume):
-    """A run with FSDP2 on two processes; resumed from its sharded checkpoint, or not."""
+def worker(folder):
+    """A run with FSDP2 on two processes, and the end of it again from its sharded checkpoint."""
     import torch.distributed as dist
     from lightning.pytorch.strategies import ModelParallelStrategy
     from torch.distributed.fsdp import fully_shard
@@ -329,15 +329,15 @@ def worker(folder, resume):
 
     class Sharded(TrigFlowDiffusion):
         def configure_model(self):
-            if not any(isinstance(p, DTensor) for p in self.backbone.parameters()):
+            if not any(isinstance(p, DTensor) for p in self.parameters()):
                 for part in (*self.backbone, self.backbone, self.adaptive_weight):
                     fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
-    class Weights(L.Callback):
-        """The averages by their recursion, from weights that were put together, in float64."""
+    class ByHand(L.Callback):
+        """The averages by their recursion, in float64 from weights that were put together."""
 
-        def on_train_start(self, trainer, pl_module):
-            self.averages, self.start = {}, trainer.global_step
+        def __init__(self):
+            self.averages = {}
 
         def on_train_batch_end(self, trainer, pl_module, *_):
             for width in (0.05, 0.1):
@@ -353,28 +353,33 @@ def worker(folder, resume):
         def forward(self, x, t):
             return super().forward(x + t[:, None, None, None])
 
-    torch.manual_seed(0)
-    module = Sharded(Net(), sigma_data=0.75, optimizer=lambda p: torch.optim.Adam(p, lr=0.1))
-    callback, weights, folder = PostHocEMA(every_n_steps=2, dtype="float32"), Weights(), Path(folder)
-    options = {"accelerator": "cpu", "devices": 2, "logger": False, "enable_checkpointing": False, "max_steps": 4}
-    options |= {
-        "limit_val_batches": 0,
-        "num_sanity_val_steps": 0,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": folder,
-    }
-    strategy = ModelParallelStrategy(tensor_parallel_size=1, data_parallel_size=2)
-    trainer = L.Trainer(**options, strategy=strategy, callbacks=[callback, weights, Save(3)])
-    trainer.fit(module, datamodule=Images(batch_size=B), ckpt_path=folder / "step3.ckpt" if resume else None)
-    assert all(isinstance(a, DTensor) for ema in callback.averages.values() for a in ema._average.values())
-    if not resume and dist.get_rank() == 0:
-        tensors, about = snapshot(folder / "posthoc_ema" / "step_000000004.safetensors")
-        assert about["images"] == 4 * B * 2 and tensors.keys() == weights.averages.keys()
-        for key, average in weights.averages.items():
-            torch.testing.assert_close(tensors[key].double(), average, rtol=1e-5, atol=1e-6)
+    def run(ckpt_path=None):
+        torch.manual_seed(0)
+        module = Sharded(Net(), sigma_data=0.75, optimizer=lambda p: torch.optim.Adam(p, lr=0.1))
+        callback, by_hand = PostHocEMA(every_n_steps=2, dtype="float32"), ByHand()
+        options = {"accelerator": "cpu", "devices": 2, "logger": False, "enable_checkpointing": False, "max_steps": 4}
+        options |= {"limit_val_batches": 0, "num_sanity_val_steps": 0, "default_root_dir": folder}
+        options |= {"enable_progress_bar": False, "enable_model_summary": False}
+        strategy = ModelParallelStrategy(tensor_parallel_size=1, data_parallel_size=2)
+        trainer = L.Trainer(**options, strategy=strategy, callbacks=[callback, by_hand, Save(3)])
+        trainer.fit(module, datamodule=Images(batch_size=B), ckpt_path=ckpt_path)
+        assert all(isinstance(a, DTensor) for ema in callback.averages.values() for a in ema._average.values())
+        dist.barrier()  # the first process has written
+        return by_hand.averages
+
+    last = folder / "posthoc_ema" / "step_000000004.safetensors"
+    by_hand = run()
+    (tensors, about), unbroken = snapshot(last), last.read_bytes()
+    assert about["images"] == 4 * B * 2 and tensors.keys() == by_hand.keys()
+    for key, average in by_hand.items():
+        torch.testing.assert_close(tensors[key].double(), average, rtol=1e-5, atol=1e-6)
     dist.barrier()
+    if dist.get_rank() == 0:
+        last.unlink()
+    run(folder / "step3.ckpt")
+    assert last.read_bytes() == unbroken
     print("worker is done", flush=True)
+    dist.barrier()
     os._exit(0)  # torch's own teardown after FSDP2 aborts now and then
 
 
@@ -385,15 +390,10 @@ def test_sharded_run_writes_whole_snapshots_and_resumes(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     path = os.pathsep.join(str(Path(__file__).parents[n]) for n in (0, 1))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    bits = []
-    for resume in ("", "resume"):
-        arguments = [*command, __file__, str(tmp_path), resume]
-        run = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=180)
-        assert run.returncode == 0 and run.stdout.count("worker is done") == 2, run.stdout + run.stderr
-        bits.append((tmp_path / "posthoc_ema" / "step_000000004.safetensors").read_bytes())
-        if not resume:
-            (tmp_path / "posthoc_ema" / "step_000000004.safetensors").unlink()
-    assert bits[0] == bits[1]
+    run = subprocess.run(
+        [*command, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=180
+    )
+    assert run.returncode == 0 and run.stdout.count("worker is done") == 2, run.stdout + run.stderr
 
     assert (tmp_path / "step3.ckpt").is_dir()
     reconstruct(ckpt_path=str(tmp_path / "step3.ckpt"), sigma_rel=0.05, output=str(tmp_path / "ema.ckpt"))
@@ -404,4 +404,4 @@ def test_sharded_run_writes_whole_snapshots_and_resumes(tmp_path):
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1], bool(sys.argv[2]))
+    worker(Path(sys.argv[1]))
