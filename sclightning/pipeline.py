@@ -67,7 +67,7 @@ class SCMPipeline(DiffusionPipeline):
     def __call__(
         self,
         batch_size: int = 1,
-        class_labels: Sequence[int] | None = None,
+        class_labels: Sequence[int] | Tensor | None = None,
         num_inference_steps: int | None = None,
         times: Sequence[float] | None = None,
         guidance_scale: float | None = None,
@@ -103,7 +103,7 @@ class SCMPipeline(DiffusionPipeline):
             batch_size, noise = noise.shape[1], config.sigma_data * noise.to(device)
         elif class_labels is not None:
             batch_size = len(class_labels)
-        label = None if class_labels is None else torch.tensor(class_labels, device=device)
+        label = None if class_labels is None else torch.as_tensor(class_labels, device=device)
         scale = config.guidance_scale if guidance_scale is None else guidance_scale
         guidance = None if scale is None else torch.full((batch_size,), scale, dtype=torch.float32, device=device)
 
