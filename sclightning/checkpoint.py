@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
-from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from torch import Tensor, nn
 
 
@@ -22,11 +21,11 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     if not Path(path).exists():
         raise FileNotFoundError(f"There is no checkpoint at {path}; give --ckpt_path the path of one.")
     if Path(path).is_dir():
+        from lightning.fabric.utilities.load import _load_distributed_checkpoint
+
         checkpoint = _load_distributed_checkpoint(Path(path))
     else:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if "model" in checkpoint:  # Fabric's name in a sharded checkpoint
-        checkpoint["state_dict"] = checkpoint.pop("model")
     if "state_dict" not in checkpoint:
         raise ValueError(f"{path} has no state_dict, so it is not a checkpoint of a run; give one that fit wrote.")
     return checkpoint

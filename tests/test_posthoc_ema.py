@@ -397,6 +397,7 @@ def test_sharded_run_writes_whole_snapshots_and_resumes(tmp_path):
 
     assert (tmp_path / "step3.ckpt").is_dir()
     reconstruct(ckpt_path=str(tmp_path / "step3.ckpt"), sigma_rel=0.05, output=str(tmp_path / "ema.ckpt"))
+    assert not [key for key in torch.load(tmp_path / "ema.ckpt", weights_only=True) if "optimizer" in key]
     tensors, _ = snapshot(tmp_path / "posthoc_ema" / "step_000000002.safetensors")
     for name, weight in load(tmp_path / "ema.ckpt").items():
         if name.startswith("backbone."):

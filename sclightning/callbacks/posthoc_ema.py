@@ -6,6 +6,7 @@ combination whose averaging profile is nearest, in the least-squares sense, to t
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -226,8 +227,8 @@ def reconstruct(
         )
     state.update({name: tensor.to(state[name].dtype) for name, tensor in total.items()})
 
-    for key in ("optimizer_states", "lr_schedulers", "ema", "posthoc_ema"):
-        checkpoint.pop(key, None)
+    for key in [key for key in checkpoint if re.match("optimizer_|lr_schedulers|ema$|posthoc_ema$", key)]:
+        del checkpoint[key]
     checkpoint["average"] = {"sigma_rel": sigma_rel, "step": step, "snapshots": len(ends), "profile_error": error}
     target = Path(output) if output else source.with_name(f"{source.stem}_sigma_rel{sigma_rel}.ckpt")
     target.parent.mkdir(parents=True, exist_ok=True)
