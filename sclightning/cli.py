@@ -26,6 +26,8 @@ from sclightning.modules.base import TrigFlowModule
 # Commands that need no Trainer: name of the command -> module and function, whose docstring is the command's help.
 COMMANDS: dict[str, tuple[str, str]] = {
     "prepare": ("sclightning.data.prepare", "prepare"),
+    "ema": ("sclightning.callbacks.posthoc_ema", "reconstruct"),
+    "export": ("sclightning.export", "export"),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("page", ["python", "extending"])
+@pytest.mark.parametrize("page", ["python", "extending", "export"])
 def test_examples_run(page, tmp_path, monkeypatch):
     """The examples of a page run from an empty folder, and the samples they make are finite images."""
     monkeypatch.chdir(tmp_path)

@@ -42,7 +42,7 @@ def load_vae(path: str) -> nn.Module:
     try:
         from diffusers import AutoencoderKL  # an extra, and slow to import
     except ImportError as error:
-        raise ImportError("Encoding needs diffusers; run pip install 'sclightning[vae]'.") from error
+        raise ImportError("Encoding needs diffusers; run pip install 'sclightning[diffusers]'.") from error
     try:
         return AutoencoderKL.from_pretrained(path).eval().requires_grad_(False)
     except (OSError, ValueError) as error:

@@ -26,7 +26,7 @@ class ImageNetLatentDataModule(ImageDataModule):
         mean: Mean of each latent channel; the convention's if not given.
         std: Standard deviation of each latent channel; the convention's if not given.
         vae: Decoder of samples, needed for pictures only: a local folder in diffusers' layout or a name on the Hugging
-            Face hub, the paper's being ``stabilityai/sd-vae-ft-mse``. Needs ``pip install 'sclightning[vae]'``.
+            Face hub, the paper's being ``stabilityai/sd-vae-ft-mse``. Needs ``pip install 'sclightning[diffusers]'``.
         name: Name of the data in results.
         image_shape: (C, H, W) of a latent.
         num_classes: Number of labels; 0 for unconditional data.

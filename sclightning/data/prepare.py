@@ -54,7 +54,7 @@ def prepare(
         split: Which split of the data set this is.
         resolution: Side of the square images in pixels; required but for a ZIP file of latents.
         vae: Encode with this AutoencoderKL: a local folder in diffusers' layout or a name on the Hugging Face hub, the
-            paper's being ``stabilityai/sd-vae-ft-mse``. Needs ``pip install 'sclightning[vae]'``.
+            paper's being ``stabilityai/sd-vae-ft-mse``. Needs ``pip install 'sclightning[diffusers]'``.
         convention: Range of the images before the encoder: the ``paper``'s, [-1, 1], or ``edm2``'s, [0, 1]. The paper's
             if not given, EDM2's for a ZIP file of latents.
         corrupt: Whether images that cannot be read are refused, which stops the command, or left out.

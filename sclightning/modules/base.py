@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sclightning.backbones.layers import AdaptiveWeight
 from sclightning.data.requests import SampleRequest
+from sclightning.provenance import merge, recorded
 from sclightning.sampling import sample_noise
 from sclightning.trigflow import sample_time
 
@@ -45,6 +46,7 @@ class TrigFlowModule(L.LightningModule):
         self.sigma_data, self.P_mean, self.P_std = sigma_data, P_mean, P_std
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.guidance_scale, self.seed = guidance_scale, seed
+        self.provenance: list[dict] = []
         self._seen: set[nn.Module] = set()
         self._normalize_weights()
 
@@ -83,6 +85,14 @@ class TrigFlowModule(L.LightningModule):
                 f"The data is augmented, of which {type(self).__name__} does not tell its network; set "
                 f"data.init_args.augment to 0, or give a TrigFlowDiffusion a backbone with augment_dim: {augment_dim}."
             )
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Record whose weights these were made from, and under which licence."""
+        checkpoint["provenance"] = merge(self.provenance, recorded(self))
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Keep the record of the checkpoint beside that of this run."""
+        self.provenance = merge(self.provenance, checkpoint.get("provenance", []))
 
     def forward(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sclightning.modules.base import TrigFlowModule, guided_velocity
 from sclightning.objective import Normalization, consistency_loss
+from sclightning.provenance import merge, of_checkpoint
 from sclightning.sampling import T_MAX, consistency
 from sclightning.trigflow import interpolate, velocity
 
@@ -51,6 +52,7 @@ class ConsistencyModel(TrigFlowModule):
         super().setup(stage)
         if stage == "fit" and self.teacher_checkpoint is not None:
             load_backbone(self.backbone, self.teacher_checkpoint)
+            self.provenance = merge(self.provenance, of_checkpoint(self.teacher_checkpoint))
 
     def training_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Consistency loss of one batch, averaged (Alg. 1)."""
@@ -260,11 +262,13 @@ class ConsistencyDistillation(ConsistencyModel):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Leave the frozen teacher out: it is on disk already."""
+        super().on_save_checkpoint(checkpoint)
         for name in [name for name in checkpoint["state_dict"] if name.startswith("teacher.")]:
             del checkpoint["state_dict"][name]
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Put the present teacher's weights back in, so that loading stays strict."""
+        super().on_load_checkpoint(checkpoint)
         if self.teacher is not None:
             checkpoint["state_dict"].update({f"teacher.{k}": v for k, v in self.teacher.state_dict().items()})
 
