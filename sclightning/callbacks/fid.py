@@ -179,7 +179,7 @@ class FIDEvaluation(L.Callback):
         if trainer.is_global_zero:
             path = Path(f"{self._path(trainer, self._runs)}.json")
             path.write_text(json.dumps(best | self._result(trainer), indent=2) + "\n")
-            Console().print(self._table())
+            Console(width=200).print(self._table())  # as wide as it is, also in a file
             rank_zero_info(f"Wrote {path}")
 
     def _settings(self, pl_module: L.LightningModule) -> tuple[Generator[Setting, float, None], int]:
@@ -246,8 +246,8 @@ class FIDEvaluation(L.Callback):
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
             "devices": trainer.world_size,
             "precision": trainer.precision,
-            "versions": {"sclightning": sclightning.__version__}
-            | {name: version(name) for name in ("torch", "lightning", "torchmetrics", "torch-fidelity")},
+            "versions": {"sclightning": sclightning.__version__, "torch": torch.__version__}
+            | {name: version(name) for name in ("lightning", "torchmetrics", "torch-fidelity")},
         }
         if self.search is not None:
             result["search"] = {"interval": list(self.search), "tolerance": self.search_tolerance}
@@ -257,7 +257,7 @@ class FIDEvaluation(L.Callback):
         """One row for each setting, the least of its seeds."""
         shown = [name for name in self._names if not name.endswith("_std")]
         table = Table(title=f"{self._runs[0]['samples']:,} samples against {self.measures[0].reference}")
-        for column in ("evaluations", "times", "guidance", *shown, "images/s", "seed", f"{self.key} of each seed"):
+        for column in ("evaluations", "times", "guidance", *shown, "images/s", "seed", "each seed"):
             table.add_column(column, justify="right")
         for best in least_of_seeds(self._runs, self.key):
             same = [run for run in self._runs if all(run[k] == best[k] for k in ("nfe", "times", "guidance_scale"))]
