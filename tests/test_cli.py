@@ -16,6 +16,7 @@ from torchvision.io import read_image
 
 from sclightning.cli import main
 from sclightning.data.arrays import to_uint8
+from sclightning.metrics import ClassifierFeatures
 from sclightning.modules import ConsistencyDistillation, TrigFlowDiffusion
 from sclightning.modules.base import TrigFlowModule
 
@@ -140,6 +141,12 @@ def test_test_uses_the_weights_of_the_checkpoint(student, capsys):
     assert trained["fd_classifier"] != fresh["fd_classifier"] and fresh["checkpoint"] is None
 
 
+class OtherFeatures(ClassifierFeatures):
+    """The same network under another name."""
+
+    name = "other"
+
+
 def evaluation(classifier_file, **options):
     callback = fid(classifier_file)
     return {"evaluation": callback | {"init_args": callback["init_args"] | options}}
@@ -148,7 +155,9 @@ def evaluation(classifier_file, **options):
 def test_test_measures_what_the_config_says(teacher, classifier_file, tmp_path, capsys):
     """``evaluation`` is read by ``test`` alone, in its own file or not, and each option can be given on the command."""
     config = tmp_path / "run.yaml"
-    part = evaluation("missing.pt", seeds=[0, 1], save="png")["evaluation"]
+    other = {"weights": str(classifier_file), "num_features": 16}
+    other = {"extractor": {"class_path": "test_cli.OtherFeatures", "init_args": other}, "reference": "held_out"}
+    part = evaluation("missing.pt", seeds=[0, 1], save="png", others=[other])["evaluation"]
     (tmp_path / "part.yaml").write_text(yaml.safe_dump(part))
     config.write_text(teacher.config.read_text() + "evaluation: part.yaml\n")
     folder = tmp_path / "run"
@@ -162,6 +171,7 @@ def test_test_measures_what_the_config_says(teacher, classifier_file, tmp_path, 
     (path,) = folder.glob("*.json")
     result = json.loads(path.read_text())
     assert [run["seed"] for run in result["runs"]] == [4] and result["nfe"] == 1
+    assert result["others"]["fd_other"]["reference"]["split"] == "held_out" and result["fd_other"] > 0
     assert len(list(path.with_suffix("").iterdir())) == 20
     printed = capsys.readouterr().out
     assert printed.count("fd_classifier") == 1 and f"{result['fd_classifier']:.4g}" in printed

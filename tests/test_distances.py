@@ -36,7 +36,7 @@ class Projection(nn.Module):
         return torch.tanh((images.flatten(1).float() / 127.5 - 1) @ self.weight.T) + 2
 
     def head(self, features):
-        return features @ self.classes.T
+        return (features - 2) @ self.classes.T
 
 
 class FidelityProjection(FeatureExtractorBase):

@@ -243,6 +243,7 @@ def test_every_setting_is_the_test_of_that_setting(make_net, quiet, tmp_path, ex
     assert {name: result[name] for name in best} == best
     assert logged == {"fd_classifier": pytest.approx(best["fd_classifier"], rel=1e-6)}
     assert (module.times, module.guidance_scale, module.seed) == (two, 1.0, 7)
+    assert module.trainer.datamodule.test_passes == 1
     (path,) = together.glob("*.json")
     assert path.stem == "model_fd_classifier_train_nfe1-2_guidance1.0-1.5_seed0-1"
 
@@ -324,6 +325,36 @@ def test_other_features_see_the_same_samples(model, quiet, tmp_path, extractor, 
         FIDEvaluation(wide, others=others)
 
 
+class TinyInception(InceptionFeatures):
+    """Inception in name and rank, a few pixels in fact."""
+
+    num_features = 16
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+
+    def forward(self, images):
+        return images[:, 0, 2:6, 2:6].flatten(1).float() / 255
+
+    def head(self, features):
+        return 5 * features
+
+
+def test_names_in_inceptions_features(model, quiet, tmp_path):
+    """The names that papers have, for Inception alone; no key of the record takes the place of a distance."""
+    extras = ["kid", "inception_score", "precision_recall"]
+    data = DigitsDataModule(num_test_samples=1000, sample_batch_size=500)
+    data.split("train").images = np.concatenate([data.split(s).images for s in ("train", "held_out")])
+    data.split("train").labels = np.concatenate([data.split(s).labels for s in ("train", "held_out")])
+    _, logged = evaluate(model, quiet, tmp_path, TinyInception(), data=data, extras=extras)
+    names = {"fid", "kid", "kid_std", "inception_score", "inception_score_std", "precision", "recall"}
+    result = read_result(tmp_path)
+    assert logged.keys() == names
+    for name in names:
+        assert result[name] == result["runs"][0][name] == pytest.approx(logged[name], rel=1e-6)
+    assert 0 <= result["precision"] <= 1 and result["inception_score"] > 1 and result["fid"] > 0.1
+
+
 @pytest.mark.parametrize("kind", ["png", "npz"])
 def test_samples_are_kept_on_request(model, quiet, tmp_path, extractor, kind):
     """Every sample of every setting, the model's, under its index."""
@@ -365,7 +396,7 @@ def test_result_names_versions_and_hashes(model, quiet, tmp_path, extractor):
     result = read_result(tmp_path)
     assert result["versions"]["torch"] == torch.__version__
     assert {"sclightning", "lightning", "torchmetrics", "torch-fidelity"} < result["versions"].keys()
-    assert result["devices"] == 1 and result["precision"] == "32-true"
+    assert result["devices"] == 1 and result["trainer_precision"] == "32-true"
     assert len(result["extractor"]["sha256"]) == len(result["reference"]["sha256"]) == 64
 
 

@@ -174,6 +174,7 @@ class FIDEvaluation(L.Callback):
         """Log the best of the runs, print all of them and write what they mean beside the checkpoint."""
         for name, value in self._own.items():
             setattr(pl_module, name, value)
+        trainer.datamodule.test_passes = 1
         best = min(self._runs, key=lambda run: run[self.key])
         pl_module.log_dict({name: best[name] for name in self._names})
         if trainer.is_global_zero:
@@ -243,9 +244,9 @@ class FIDEvaluation(L.Callback):
             "least_of_seeds": least_of_seeds(self._runs, self.key),
             "runs": self._runs,
             "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "devices": trainer.world_size,
-            "precision": trainer.precision,
+            "trainer_precision": trainer.precision,
             "versions": {"sclightning": sclightning.__version__, "torch": torch.__version__}
             | {name: version(name) for name in ("lightning", "torchmetrics", "torch-fidelity")},
         }
