@@ -224,16 +224,19 @@ class Measure:
     def _compare(self, mu: np.ndarray, sigma: np.ndarray, data: L.LightningDataModule, n: int = 1024) -> None:
         """Refuse statistics of another data set: n of its images have a mean within tr(sigma)/n or so, squared."""
         try:
-            dataset = data.reference_dataloader().dataset
+            split = data.split("train")
         except FileNotFoundError:
             rank_zero_info(f"{self.reference} was not compared with {data.name}, which is not on this machine.")
             return
-        n = min(n, len(dataset))
-        images, _ = dataset.__getitems__([i * len(dataset) // n for i in range(n)])
-        if images.dtype != torch.uint8:
-            return  # latents
-        mean = torch.cat([self._extract(part) for part in images.split(64)]).double().mean(0)
-        distance, expected = (mean.cpu() - torch.from_numpy(mu)).square().sum().item(), sigma.trace() / n
+        n, features = min(n, len(split)), []
+        for start in range(0, n, 64):
+            batch = split.__getitems__([i * len(split) // n for i in range(start, min(start + 64, n))])
+            if batch[0].dtype != torch.uint8:  # latents, which training and sampling know what to do with
+                x_0 = data.on_after_batch_transfer(tuple(tensor.to(self.device) for tensor in batch), 0)
+                batch = [data.to_uint8(x_0 if isinstance(x_0, Tensor) else x_0[0])]
+            features.append(self._extract(batch[0]))
+        mean = torch.cat(features).double().mean(0).cpu()
+        distance, expected = (mean - torch.from_numpy(mu)).square().sum().item(), sigma.trace() / n
         if not distance < 10 * expected:
             raise ValueError(
                 f"{self.reference} is not of {data.name} in features of {self.extractor.name}: the mean of {n} real "
@@ -243,7 +246,7 @@ class Measure:
 
     def _cached(self, data: L.LightningDataModule) -> Reference:
         """Statistics of a split, made once and kept under the hashes of images and extractor."""
-        split = data.split(self.reference)
+        split = data.reference_dataloader(self.reference).dataset
         self._require(len(split), "real images", "choose another split or extractor")
         path, record, reference = None, {}, None
         if _rank() == 0:

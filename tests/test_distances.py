@@ -316,14 +316,27 @@ def test_reference_of_no_use(tmp_path):
             Measure(Projection(), reference=wrong)
 
 
-def test_latents_are_no_reference():
-    """A split that holds no images."""
+class Latents(Images):
+    """The images shrunk to a half, as float16; what training makes of them is decoded by doubling."""
 
-    class Latents(Images):
-        def read(self, split):
-            return ArrayDataset(np.zeros((20, 8, 2, 2), dtype=np.float16), np.zeros(20, dtype=np.int64))
+    def read(self, split):
+        images = super().read(split).images
+        return ArrayDataset((images / 127.5 - 1).astype(np.float16) / 2, np.zeros(len(images), dtype=np.int64))
 
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch[0].float(), batch[1]
+
+    def to_uint8(self, x):
+        return super().to_uint8(2 * x)
+
+
+def test_latents_are_no_reference_but_are_compared_with_one(tmp_path):
+    """A split that holds no images; decoded, they tell their statistics from others."""
     refuse(r"holds no images.*\.npz", Measure(Projection()), data=Latents())
+    for split in ("train", "held_out"):
+        write_statistics(tmp_path / f"{split}.npz", Images().split(split).images)
+    Measure(Projection(), reference=str(tmp_path / "train.npz")).prepare(Latents(), CPU, 100)
+    refuse("is not of images", Measure(Projection(), reference=str(tmp_path / "held_out.npz")), data=Latents())
 
 
 def test_score_without_logits():

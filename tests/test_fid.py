@@ -420,7 +420,10 @@ def test_too_few_samples_are_refused(make_net, quiet, tmp_path, extractor, stage
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"steps": [1, 3]}, "3 steps is asked for, but the model has 2"),
+        ({"steps": [1, 3]}, "1, 3 steps are asked for, but the model has 2"),
+        ({"steps": [0]}, "0 steps are asked for"),
+        ({"search": (0.5, 1.0), "save": "png"}, "no save"),
+        ({"search": (0.5, 1.0), "search_tolerance": 0.0}, "tolerance above 0"),
         ({"search": (0.5, 1.6)}, r"within 0 and 1\.5645"),
         ({"search": (0.9, 0.8)}, "interval"),
         ({"reference": "missing.npz"}, r"no reference at missing\.npz"),

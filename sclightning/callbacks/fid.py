@@ -98,9 +98,10 @@ class FIDEvaluation(L.Callback):
         if stage == "test":
             self._plan, data.test_passes = self._settings(pl_module)
             rank_zero_info(f"{data.test_passes} x {self._num_samples:,} samples will be made")
-        data.to_uint8(torch.zeros(1, *data.image_shape))  # which latents without a decoder refuse
+        device = trainer.strategy.root_device
+        data.to_uint8(torch.zeros(1, *data.image_shape, device=device))  # which latents without a decoder refuse
         for measure in self.measures:
-            measure.prepare(data, trainer.strategy.root_device, self._num_samples)
+            measure.prepare(data, device, self._num_samples)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget the samples of the last time."""
@@ -194,14 +195,17 @@ class FIDEvaluation(L.Callback):
                     f"{type(pl_module).__name__} has no intermediate time to search for; take 'search' out."
                 )
             low, high = self.search
-            if not 0 < low < high < own[0]:
-                raise ValueError(f"The search runs from {low} to {high}; give an interval within 0 and {own[0]:.4f}.")
+            if not (0 < low < high < own[0] and self.search_tolerance > 0 and self.save is None):
+                raise ValueError(
+                    f"A search from {low} to {high} with tolerance {self.search_tolerance} and save={self.save} cannot be; "
+                    f"give an interval within 0 and {own[0]:.4f}, a tolerance above 0, and no save."
+                )
             n = golden_evaluations(low, high, self.search_tolerance)
             return _search((low, high), n, own[0], scales[0], seeds[0]), n
-        if own is not None and max(self.steps or [0]) > len(own):
+        if own is not None and not all(1 <= n <= len(own) for n in self.steps or ()):
             raise ValueError(
-                f"A test in {max(self.steps)} steps is asked for, but the model has {len(own)} of times; set "
-                "model.init_args.times to as many."
+                f"Tests in {', '.join(map(str, self.steps))} steps are asked for, but the model has {len(own)} times; "
+                "set model.init_args.times to as many as the most of them."
             )
         times = [own] if own is None or not self.steps else [own[:n] for n in self.steps]
         settings = grid(times, scales, seeds)
