@@ -197,7 +197,7 @@ class FIDEvaluation(L.Callback):
             low, high = self.search
             if not (0 < low < high < own[0] and self.search_tolerance > 0 and self.save is None):
                 raise ValueError(
-                    f"There is a search from {low} to {high} with tolerance {self.search_tolerance} and save={self.save}"
+                    f"The search is from {low} to {high} with tolerance {self.search_tolerance} and save={self.save}"
                     f"; give an interval within 0 and {own[0]:.4f}, a tolerance above 0, and no save."
                 )
             n = golden_evaluations(low, high, self.search_tolerance)
