@@ -42,6 +42,14 @@ class PlainNet(nn.Module):
         return self.conv1(torch.tanh(self.conv0(x) + t.cos()[:, None, None, None]))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def torch_home(tmp_path_factory):
+    """References of one session of tests do not outlive it."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch_home")))
+        yield
+
+
 @pytest.fixture
 def make_net():
     """Factory of a tiny DDPM++ for 8x8 images with 10 classes."""

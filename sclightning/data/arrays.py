@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from sclightning.data.requests import SampleRequests, request_loader, whole
+from sclightning.data.requests import SampleRequests, strided_loader, whole
 
 Split = Literal["train", "held_out"]
 
@@ -83,11 +83,13 @@ class ImageDataModule(L.LightningDataModule):
         name: Name of the data in results.
         image_shape: (C, H, W).
         num_classes: Number of labels.
+        test_passes: How often a test makes its samples; an evaluation of several settings sets it.
     """
 
     name: str
     image_shape: tuple[int, int, int]
     num_classes: int
+    test_passes: int = 1
 
     def __init__(self, batch_size: int, num_val_samples: int, num_test_samples: int, sample_batch_size: int, seed: int):
         super().__init__()
@@ -134,15 +136,18 @@ class ImageDataModule(L.LightningDataModule):
         """Requests for ``num_val_samples`` samples."""
         return self._requests(self.hparams.num_val_samples)
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Requests for ``num_test_samples`` samples; as many loaders as there are ``test_passes``."""
+        loaders = [self.predict_dataloader() for _ in range(self.test_passes)]
+        return loaders[0] if self.test_passes == 1 else loaders
+
+    def predict_dataloader(self) -> DataLoader:
         """Requests for ``num_test_samples`` samples."""
         return self._requests(self.hparams.num_test_samples)
 
-    predict_dataloader = test_dataloader
-
-    def reference_dataloader(self, split: Split = "train") -> DataLoader:
+    def reference_dataloader(self, split: Split = "train", num_replicas: int = 1, rank: int = 0) -> DataLoader:
         """Batches ``(uint8 images, labels)`` of a split in stored order, for statistics of real images."""
-        return DataLoader(self.split(split), batch_size=self.hparams.sample_batch_size, collate_fn=whole)
+        return strided_loader(self.split(split), self.hparams.sample_batch_size, num_replicas, rank)
 
     def on_after_batch_transfer(self, batch, dataloader_idx: int):
         """Images from uint8 to [-1, 1], on the device; without their labels if the data is unconditional."""
@@ -181,9 +186,8 @@ class ImageDataModule(L.LightningDataModule):
 
     def _requests(self, num_samples: int) -> DataLoader:
         requests = SampleRequests(num_samples, self.image_shape, self.num_classes)
-        return request_loader(
-            requests, self.hparams.sample_batch_size, self.trainer.world_size, self.trainer.global_rank
-        )
+        trainer = self.trainer
+        return strided_loader(requests, self.hparams.sample_batch_size, trainer.world_size, trainer.global_rank)
 
 
 def from_uint8(images: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ class TrigFlowModule(L.LightningModule):
         """Turn unit noise (draws, B, C, H, W) into samples (B, C, H, W)."""
         raise NotImplementedError(f"{type(self).__name__} does not define a sampler.")
 
-    def validation_step(self, batch: SampleRequest, batch_idx: int) -> Tensor:
+    def validation_step(self, batch: SampleRequest, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Samples for a request; callbacks look at them."""
         return self.sample(batch.index, batch.shape, batch.label)
 
