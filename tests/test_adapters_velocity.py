@@ -89,7 +89,10 @@ def closed_form(prediction, x, output, sigma_data):
 def own_denoiser(prediction, x, output, alpha, sigma, sigma_data):
     """The estimate of x_0 as the source's paper defines it."""
     if prediction == "edm":
-        c_skip, c_out = sigma_data**2 / (sigma**2 + sigma_data**2), sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
+        c_skip, c_out = (
+            sigma_data**2 / (sigma**2 + sigma_data**2),
+            sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt(),
+        )
         return c_skip * x + c_out * output
     return {
         "noise": (x - sigma * output) / alpha,
