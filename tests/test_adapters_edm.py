@@ -1,6 +1,7 @@
 """EDM and EDM2 teachers from plain state dicts: the published function, its sign, its time, its sampler."""
 
 import hashlib
+import itertools
 import math
 import pickle
 
@@ -119,7 +120,7 @@ def test_edm_sampler(edm_state, edm_file):
         ours = heun(lambda x, t: teacher(x, t, label), noise(2, 2, 16, 16), times, SIGMA_DATA)
         sigmas = [SIGMA_DATA * math.tan(t) for t in times]
         x = noise(2, 2, 16, 16) * SIGMA_DATA / math.cos(times[0])  # x_t / cos t
-        for i, (s, s_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+        for i, (s, s_next) in enumerate(itertools.pairwise(sigmas)):
             slope = (x - edm_denoiser(edm_state, x, torch.full((2,), s, dtype=x.dtype), label)) / s
             x_next = x + (s_next - s) * slope
             if i < 4:
@@ -198,7 +199,7 @@ def test_what_is_not_a_published_network_is_refused(edm_state, tmp_path):
         load_edm(DDPMpp(**SMALL, double_norm=False), "nowhere.pt")
     pickled = tmp_path / "network.pkl"
     pickled.write_bytes(pickle.dumps({"ema": Foreign()}))
-    with pytest.raises(ValueError, match="more than tensors.*docs/adapters.md"):
+    with pytest.raises(ValueError, match=r"more than tensors.*docs/adapters.md"):
         load_edm(DDPMpp(**SMALL, double_norm=False), str(pickled))
     path = str(tmp_path / "edm.pt")
     torch.save(edm_state, path)

@@ -17,13 +17,13 @@ PROCESSES = [EDM(), VariancePreserving(ALPHAS_CUMPROD), FlowMatching()]
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize("sigma_data", [1.0, 0.5, 0.3])
 def test_signal_to_noise_ratio_is_that_of_the_arc(process, sigma_data):
-    """sigma / alpha = sigma_data tan t, for data of any standard deviation."""
+    """The ratio sigma / alpha = sigma_data tan t, for data of any standard deviation."""
     levels = process(T, sigma_data)
     torch.testing.assert_close(levels.sigma / levels.alpha, sigma_data * T.tan(), rtol=1e-13, atol=0)
 
 
 def test_levels_are_on_their_process():
-    """EDM's input has unit variance, the second preserves variance, flow matching is a line; times as they are known."""
+    """EDM's input has unit variance, the second preserves variance, flow matching is a line; known times."""
     edm = EDM()(T, 0.5)
     torch.testing.assert_close((0.5 * edm.alpha) ** 2 + edm.sigma**2, torch.ones_like(T), rtol=1e-14, atol=0)
     torch.testing.assert_close(edm.time, (0.5 * T.tan()).log() / 4, rtol=1e-13, atol=1e-15)

@@ -43,7 +43,7 @@ def batch():
 
 
 def source(prediction, sigma_data):
-    """Adapter, and a function of (x, t) with the network's input x', output, alpha and sigma by the source's own maps."""
+    """Adapter, and a function of x that gives the network's input x', output, alpha and sigma by the source's maps."""
     net, t = Net(), column(T)
     sigma = sigma_data * t.tan()  # of x_0 + sigma eps
     if prediction == "edm":
@@ -59,7 +59,7 @@ def source(prediction, sigma_data):
     adapter = VelocityAdapter(net, process, prediction, sigma_data)
 
     def run(x):
-        # x_t = cos t x_0 + sin t sigma_data eps has the ratio of x' = alpha x_0 + sigma eps, hence x' = alpha x_t / cos t
+        # x_t = cos t x_0 + sin t sigma_data eps and x' = alpha x_0 + sigma eps: hence x' = alpha x_t / cos t
         x_source = level[0] * sigma_data * x / t.cos()
         return x_source, net(c_in * x_source, time.flatten()), *level
 
