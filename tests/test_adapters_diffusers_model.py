@@ -292,6 +292,43 @@ def test_every_model_passes_forward_mode_once_patched(unet, dit, sd3, tmp_path, 
         check_forward_ad(adapter, images, t, label, compiled=True)
 
 
+def test_labels_of_a_unet(unet, tmp_path):
+    """-1 and None are the class that stands for none; a model without labels refuses them."""
+    labelled = diffusers.UNet2DModel(**UNET, num_class_embeds=11)
+    folder = save(tmp_path / "labelled", labelled, diffusers.DDPMScheduler())
+    adapter = load_diffusers(folder, 0.5, null_label=10)
+    x, t = noise(2, 1, 8, 8).float(), torch.tensor([0.4, 1.0])
+    none = adapter(x, t, torch.tensor([10, 10]))
+    assert torch.equal(adapter(x, t, torch.tensor([-1, -1])), none) and torch.equal(adapter(x, t), none)
+    assert not torch.equal(adapter(x, t, torch.tensor([3, 3])), none)
+    with pytest.raises(ValueError, match="UNet2DModel was made without labels"):
+        load_diffusers(save(tmp_path / "ddpm", unet, diffusers.DDPMScheduler()), 0.5)(x, t, torch.tensor([3, 3]))
+
+
+def test_command_line_distils_a_folder(tmp_path, write_config):
+    """A config with teacher and student from a folder fits; its checkpoint loads by itself, and without the teacher."""
+    from sclightning.cli import main
+
+    folder = save(tmp_path / "ddpm", diffusers.UNet2DModel(**UNET, num_class_embeds=10), diffusers.DDPMScheduler())
+    loader = {"class_path": "sclightning.adapters.load_diffusers"}
+    path = write_config(
+        tmp_path / "run",
+        "ConsistencyDistillation",
+        backbone=loader | {"init_args": {"folder": folder, "sigma_data": 0.5, "student": True}},
+        teacher=loader | {"init_args": {"folder": folder, "sigma_data": 0.5}},
+    )
+    main(["fit", "--config", str(path)])
+    checkpoint = tmp_path / "run/last.ckpt"
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert saved and not any(name.startswith("teacher.") for name in saved)
+    module = ConsistencyDistillation.load_from_checkpoint(checkpoint)
+    assert module.teacher.provenance["source"] == folder
+    alone = ConsistencyDistillation.load_from_checkpoint(checkpoint, teacher=None)
+    assert alone.teacher is None
+    ask = {"index": [0, 1], "shape": (1, 8, 8), "label": torch.tensor([3, 4])}
+    assert torch.equal(alone.sample(**ask), module.sample(**ask))
+
+
 # --- The folder -------------------------------------------------------------------------------------------------------
 
 

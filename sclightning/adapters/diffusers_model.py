@@ -62,6 +62,11 @@ class DiffusersNetwork(nn.Module):
                 f"{type(self.model).__name__} takes no {unknown[0]}; its conditions are the keyword arguments of its "
                 "forward."
             )
+        if "class_labels" in conditions and getattr(self.model, "class_embedding", self) is None:
+            raise ValueError(
+                f"{type(self.model).__name__} was made without labels (num_class_embeds), but labels were given; use "
+                "data without."
+            )
         conditions = {k: v.to(x.dtype) if v.is_floating_point() else v for k, v in conditions.items()}
         return self.model(x, timestep=time, **conditions, return_dict=False)[0][:, : x.shape[1]]
 
