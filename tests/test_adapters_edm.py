@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import math
+import os
 import pickle
 
 import pytest
@@ -190,17 +191,26 @@ def test_provenance(edm_file):
 
 
 class Foreign:
-    """Something that only its author's code can unpickle."""
+    """Something whose unpickling runs code: it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 def test_what_is_not_a_published_network_is_refused(edm_state, tmp_path):
     """A missing file, code in the file, another network, an architecture with fresh layers."""
     with pytest.raises(FileNotFoundError, match="no weights at nowhere"):
         load_edm(DDPMpp(**SMALL, double_norm=False), "nowhere.pt")
-    pickled = tmp_path / "network.pkl"
-    pickled.write_bytes(pickle.dumps({"ema": Foreign()}))
-    with pytest.raises(ValueError, match=r"more than tensors.*docs/adapters.md"):
-        load_edm(DDPMpp(**SMALL, double_norm=False), str(pickled))
+    pickled, saved, harm = tmp_path / "network.pkl", tmp_path / "network.pt", tmp_path / "harm"
+    pickled.write_bytes(pickle.dumps({"ema": Foreign(harm)}))
+    torch.save({"ema": Foreign(harm)}, saved)
+    for file in (pickled, saved):
+        with pytest.raises(ValueError, match=r"more than tensors.*docs/adapters.md"):
+            load_edm(DDPMpp(**SMALL, double_norm=False), str(file))
+        assert not harm.exists()
     path = str(tmp_path / "edm.pt")
     torch.save(edm_state, path)
     with pytest.raises(ValueError, match="double_norm: false"):

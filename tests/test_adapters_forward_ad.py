@@ -135,14 +135,14 @@ def test_a_wrong_tangent_behind_a_closed_gate(inputs):
 @pytest.mark.parametrize("every_module", [True, False])
 def test_a_time_cast_to_integers(inputs, every_module):
     """As of a network that looks its time up: the derivative in t is lost, and small differences miss the stairs."""
-    host = Host(embed=lambda t: (1000 * t).long().float() / 100)
+    host = Host(embed=lambda t: (100 * t).long().float() / 10)
     with pytest.raises(RuntimeError, match=r"tangent of embed \(Apply\) is off by 100%.*cast of the time"):
         check_forward_ad(host, *inputs, every_module=every_module)
 
 
 def test_a_network_that_fails_by_itself_is_not_blamed_on_forward_mode(inputs):
     """Its own error comes through."""
-    with pytest.raises(RuntimeError, match="expected input"):
+    with pytest.raises(RuntimeError, match="^Given groups=1"):
         check_forward_ad(Host(nn.Conv2d(5, 8, 1)), *inputs)
 
 
@@ -182,7 +182,7 @@ def test_half_precision_is_not_compared(inputs):
 
 def test_writing_in_place_further_on_is_no_wrong_tangent(inputs):
     """A module's input that is overwritten after it was used."""
-    check_forward_ad(Host(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(inplace=True))), *inputs)
+    check_forward_ad(Host(nn.Sequential(nn.Conv2d(8, 8, 1), Apply(torch.tanh_))), *inputs)
 
 
 def test_nothing_is_left_behind(inputs):

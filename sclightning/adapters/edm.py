@@ -77,7 +77,6 @@ def load_edm2(
     network.time_embedding = FourierEmbedding(state["emb_fourier.freqs"], state["emb_fourier.phases"])
     with torch.no_grad():
         network.time_linear.weight.copy_(state["emb_noise.weight"])
-    network.normalize_weights()
     return VelocityAdapter(network, EDM(), "trigflow", sigma_data, provenance([weights], name, licence))
 
 
