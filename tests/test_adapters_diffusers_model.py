@@ -255,6 +255,8 @@ def test_guided_distillation_of_a_text_model(sd3, tmp_path, text, quiet):
     data = [(row, {name: value[0] for name, value in text.items()}) for row in noise(4, 2, 8, 8).float()]
     L.Trainer(**quiet, max_steps=1, default_root_dir=tmp_path).fit(module, DataLoader(data, batch_size=2))
     assert module.sample([0, 1], (2, 8, 8), label=text).shape == (2, 2, 8, 8)
+    half = make().bfloat16()(x, t, text)  # embeddings in the network's precision
+    assert half.dtype == torch.float32 and (half - F_c).norm() / F_c.norm() < 0.03
     with pytest.raises(ValueError, match="SD3Transformer2DModel takes no prompt"):
         adapter(x, t, {"prompt": x})
     with pytest.raises(ValueError, match="takes no guidance"):
