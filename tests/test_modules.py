@@ -409,12 +409,17 @@ def test_two_teachers_are_refused(make_net, quiet, tmp_path, teacher_run):
     teacher = make_net(seed=3)
     fit(ConsistencyDistillation(make_net(), teacher_run[1], teacher=teacher, sigma_data=0.752), quiet, tmp_path)
     teacher.provenance = {"source": "edm.pt"}
-    module = ConsistencyDistillation(make_net(), teacher_run[1], teacher=teacher, sigma_data=0.752)
     with pytest.raises(
         ValueError, match=r"two teachers, the weights from edm\.pt .*teacher_checkpoint=.*leave one"
     ) as error:
-        fit(module, quiet, tmp_path)
+        ConsistencyDistillation(make_net(), teacher_run[1], teacher=teacher, sigma_data=0.752)
     assert sentence(error)
+    # A student that is an adapter itself is made a teacher of by its own checkpoint, fit after fit.
+    student = make_net()
+    student.provenance = {"source": "edm.pt"}
+    module = ConsistencyDistillation(student, teacher_run[1], sigma_data=0.752)
+    for _ in range(2):
+        fit(module, quiet, tmp_path)
 
 
 def test_teacher_that_is_the_student_is_refused(make_net):

@@ -198,6 +198,9 @@ class ConsistencyDistillation(ConsistencyModel):
         optimizer: Optimizer of the network and the adaptive weight.
         lr_scheduler: Learning-rate schedule, stepped with the optimizer.
         seed: Seed of training noise and of samples.
+
+    Raises:
+        ValueError: If there are two teachers, or if the teacher is the student.
     """
 
     def __init__(
@@ -236,6 +239,12 @@ class ConsistencyDistillation(ConsistencyModel):
         self.save_hyperparameters(ignore=["backbone", "teacher", "optimizer", "lr_scheduler"])
         self.teacher, self.guidance_range = teacher, guidance_range
         if teacher is not None:
+            provenance = getattr(teacher, "provenance", None)
+            if provenance and teacher_checkpoint is not None:
+                raise ValueError(
+                    f"There are two teachers, the weights from {provenance.get('source')} in model.init_args.teacher "
+                    f"and model.init_args.teacher_checkpoint={teacher_checkpoint}; leave one of them out."
+                )
             if {*map(id, teacher.parameters())} & {*map(id, backbone.parameters())}:
                 raise ValueError(
                     "The teacher is frozen but shares parameters with the student's backbone; give one of them a copy "
@@ -247,14 +256,8 @@ class ConsistencyDistillation(ConsistencyModel):
         """Load the teacher, for training only.
 
         Raises:
-            ValueError: If there is neither a teacher nor a checkpoint to make one from, or both with weights.
+            ValueError: If there is neither a teacher nor a checkpoint to make one from.
         """
-        source = getattr(self.teacher, "provenance", None)
-        if stage == "fit" and source and self.teacher_checkpoint is not None:
-            raise ValueError(
-                f"There are two teachers, the weights from {source.get('source')} in model.init_args.teacher and "
-                f"model.init_args.teacher_checkpoint={self.teacher_checkpoint}; leave one of them out."
-            )
         super().setup(stage)
         if stage != "fit":
             return
