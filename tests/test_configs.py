@@ -180,7 +180,8 @@ def test_file_is_short_and_says_where_its_numbers_come_from(name):
     devices = 1 if data == "cifar10" else 8
     assert f"devices: {devices}\n" in text  # which load() overrides
     part = {"512": "imagenet512", "64": "imagenet64"}.get(data, data)
-    assert f"\ndata: data/{part}.yaml\nevaluation: evaluation/{part}.yaml\n" in text
+    augmented = "_augmented" if name == "teacher_cifar10" else ""
+    assert f"\ndata: data/{part}{augmented}.yaml\nevaluation: evaluation/{part}.yaml\n" in text
     assert f"runs/{name}\n" in text and f"dirpath: runs/{name}," in text
 
 

@@ -191,8 +191,10 @@ class DDPMpp(nn.Module):
                 return -value
             if name == "map_layer0.weight":  # theirs takes the sines first
                 return value.roll(value.shape[1] // 2, dims=1)
+            if name == "augment_embedding.weight":  # and what is added to them in that order
+                return value.roll(value.shape[0] // 2, dims=0)
             if name == "label_embedding.weight":  # theirs is a linear map of one-hot vectors times sqrt(num_classes)
-                return value.t() * math.sqrt(self.num_classes)
+                return (value.t() * math.sqrt(self.num_classes)).roll(value.shape[0] // 2, dims=1)
             if ".qkv." in name:  # channels of theirs are (head, component, q/k/v), of ours (q/k/v, head, component)
                 heads = self.get_submodule(name.rsplit(".", 2)[0]).heads
                 return value.unflatten(0, (heads, -1, 3)).movedim(2, 0).flatten(0, 2)

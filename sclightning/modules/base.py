@@ -1,14 +1,17 @@
 """What the teacher and the consistency models share: network, noise, optimizer, sampling."""
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from sclightning.adapters import Guided, guided_velocity
 from sclightning.backbones.layers import AdaptiveWeight
 from sclightning.data.requests import SampleRequest
 from sclightning.provenance import merge, recorded
@@ -130,7 +133,7 @@ class TrigFlowModule(L.LightningModule):
         """
         indices = index.tolist() if isinstance(index, Tensor) else index
         noise = sample_noise(indices, shape, self._noise_draws, self.seed if seed is None else seed).to(self.device)
-        label = None if label is None else label.to(self.device)
+        label = move_data_to_device(label, self.device)  # a tensor, or a dictionary of text embeddings
         training = self.training
         self.eval()
         x = self.sampler(noise, label)
@@ -196,23 +199,15 @@ class TrigFlowModule(L.LightningModule):
             self._seen.add(network)
         return F.to(x.dtype)
 
+    def _call_guided(
+        self, network: nn.Module, x: Tensor, t: Tensor, label: Tensor | None, guidance: Tensor | None
+    ) -> Tensor:
+        """Evaluate a diffusion model, guided in its own way if it has one, by leaving out the label otherwise."""
+        if guidance is None or isinstance(network, Guided):
+            return self._call(network, x, t, label, guidance)
+        return guided_velocity(functools.partial(self._call, network), x, t, label, guidance)
+
     def _normalize_weights(self) -> None:
         if hasattr(self.backbone, "normalize_weights"):
             with torch.no_grad():
                 self.backbone.normalize_weights()
-
-
-def guided_velocity(network: Callable, x: Tensor, t: Tensor, label: Tensor, scale: Tensor | float) -> Tensor:
-    r"""Classifier-free guidance :math:`F_\varnothing + s\,(F_c - F_\varnothing)`; s = 1 is no guidance.
-
-    Args:
-        network: ``F(x, t, label=...)`` trained with dropped labels.
-        x: Noisy images of unit variance, shape (B, C, H, W).
-        t: Times in radians, shape (B,).
-        label: Class labels, int64 (B,).
-        scale: Guidance scale, one number or shape (B,).
-    """
-    if isinstance(scale, Tensor):
-        scale = scale.view(-1, 1, 1, 1)
-    F_c, F_0 = network(x, t, label=label), network(x, t, label=torch.full_like(label, -1))
-    return F_0 + scale * (F_c - F_0)
