@@ -17,7 +17,9 @@ try:
     from huggingface_hub import ModelCard, PyTorchModelHubMixin
     from safetensors.torch import load_file, save_file, save_model
 except ImportError as error:
-    raise ImportError("Exporting needs huggingface_hub; run pip install 'sclightning[diffusers]'.") from error
+    raise ImportError(
+        "Exporting needs huggingface_hub and safetensors; pip install 'sclightning[diffusers]'."
+    ) from error
 
 Format = Literal["safetensors", "diffusers", "torch_export"]
 
