@@ -12,7 +12,7 @@ from pathlib import Path
 
 import lightning as L
 import yaml
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser, Namespace, auto_cli
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -20,11 +20,15 @@ import sclightning.backbones
 import sclightning.callbacks
 import sclightning.data
 import sclightning.modules  # noqa: F401 - imported so that their classes can be named in YAML
-from sclightning.callbacks import SampleWriter
+from sclightning.callbacks import FIDEvaluation, SampleWriter
 from sclightning.modules.base import TrigFlowModule
 
 # Commands that need no Trainer: name of the command -> module and function, whose docstring is the command's help.
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "prepare": ("sclightning.data.prepare", "prepare"),
+    "ema": ("sclightning.callbacks.posthoc_ema", "reconstruct"),
+    "export": ("sclightning.export", "export"),
+}
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -57,8 +61,25 @@ class SCLightningCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The folder that ``predict`` writes to."""
+        """The folder that ``predict`` writes to, and what ``test`` measures."""
         parser.add_lightning_class_args(SampleWriter, "samples")
+        parser.add_subclass_arguments(FIDEvaluation, "evaluation")
+
+    def instantiate_classes(self) -> None:
+        """Everything but the evaluation: its extractors read their weights as they are made, for ``test`` alone."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        self._evaluation = config.pop("evaluation", None)
+        super().instantiate_classes()
+        config["evaluation"] = self._evaluation
+
+    def before_test(self) -> None:
+        """Measure what the config's ``evaluation`` says, and print no table beside that of the evaluation."""
+        if self._evaluation is not None:
+            parser = ArgumentParser()
+            parser.add_subclass_arguments(FIDEvaluation, "evaluation")
+            self.trainer.callbacks.append(parser.instantiate(Namespace(evaluation=self._evaluation)).evaluation)
+        if any(isinstance(callback, FIDEvaluation) for callback in self.trainer.callbacks):
+            self.config_init[self.subcommand]["verbose"] = False
 
     def after_instantiate_classes(self) -> None:
         """Make checkpoints self-contained: they carry the config from which ``load_from_checkpoint`` rebuilds."""

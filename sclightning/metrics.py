@@ -1,13 +1,18 @@
-"""Features of images, in which a Fréchet distance is taken."""
+"""Features of images, in which distances between sets of images are taken."""
 
 import hashlib
+import pickle
+import warnings
 from pathlib import Path
+from typing import Literal
 from urllib.error import URLError
 
 import torch
 import torch.nn.functional as nnF
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+from torchvision.transforms.functional import normalize
 
 
 class InceptionFeatures(nn.Module):
@@ -22,22 +27,74 @@ class InceptionFeatures(nn.Module):
 
     def __init__(self, weights: str | None = None):
         super().__init__()
-        if weights is not None and not Path(weights).is_file():
-            raise FileNotFoundError(
-                f"There are no Inception weights at {weights}; download weights-inception-2015-12-05-6726825d.pth from "
-                "torch-fidelity's releases, or leave 'weights' out where the network is reachable."
-            )
+        file = "weights-inception-2015-12-05-6726825d.pth"
+        if weights is not None:
+            _read_weights(weights, f"download {file} from torch-fidelity's releases, or leave 'weights' out online")
         try:
             self.inception = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights)
         except URLError as error:
             raise ConnectionError(
                 f"The Inception weights cannot be downloaded ({error.reason}); set the extractor's 'weights' to a "
-                "local weights-inception-2015-12-05-6726825d.pth, or measure in other features."
+                f"local {file}, or measure in other features."
             ) from error
+        except RuntimeError as error:
+            raise ValueError(f"{weights} holds another network than the 2015 Inception; get {file}.") from error
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, 2048) of uint8 images (B, 1 or 3, H, W), resized as TensorFlow 1 does."""
         return self.inception(images.expand(-1, 3, -1, -1))[0]
+
+    def head(self, features: Tensor) -> Tensor:
+        """Logits (B, 1008) without bias, in which the Inception score is taken (torch-fidelity's logits_unbiased)."""
+        return features @ self.inception.fc.weight.to(features.dtype).T
+
+
+class DINOv2Features(nn.Module):
+    """Class token of DINOv2, 1024 wide for ViT-L/14: the features of FD-DINOv2 (Stein et al. 2023).
+
+    Code and weights are read from disk; nothing is downloaded.
+
+    Args:
+        repository: Path of a clone of github.com/facebookresearch/dinov2, whose ``hubconf.py`` builds the network.
+        weights: Path of ``dinov2_vitl14_pretrain.pth`` (or another size's).
+        model: Name in ``hubconf.py``.
+        resize: To 224x224 by ``bicubic`` antialiased, as Stein et al. and EDM2 do, or as ``torch-fidelity`` does,
+            bilinear of TensorFlow 1. The numbers of the two are not comparable.
+    """
+
+    def __init__(
+        self,
+        repository: str,
+        weights: str,
+        model: str = "dinov2_vitl14",
+        resize: Literal["bicubic", "torch-fidelity"] = "bicubic",
+    ):
+        super().__init__()
+        if not (Path(repository) / "hubconf.py").is_file():
+            raise FileNotFoundError(
+                f"There is no hubconf.py in {repository}; set the extractor's 'repository' to a clone of "
+                "github.com/facebookresearch/dinov2."
+            )
+        state = _read_weights(weights, f"download {model}_pretrain.pth from github.com/facebookresearch/dinov2")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*xFormers")  # an optional speed-up
+            self.dino = torch.hub.load(repository, model, source="local", pretrained=False)
+        try:
+            self.dino.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{weights} holds another network than {model}; get {model}_pretrain.pth.") from error
+        self.resize, self.num_features = resize, self.dino.embed_dim
+        self.name = model if resize == "bicubic" else f"{model}-tf"
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, num_features) of uint8 images (B, 1 or 3, H, W)."""
+        x = images.expand(-1, 3, -1, -1).float()
+        if self.resize == "bicubic":
+            x = nnF.interpolate(x, size=(224, 224), mode="bicubic", antialias=True)
+        else:
+            x = interpolate_bilinear_2d_like_tensorflow1x(x, size=(224, 224), align_corners=False)
+        # ImageNet's mean and standard deviation, on which DINOv2 was trained.
+        return self.dino(normalize(x / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
 class ClassifierFeatures(nn.Module):
@@ -78,6 +135,16 @@ class ClassifierFeatures(nn.Module):
     def logits(self, images: Tensor) -> Tensor:
         """Class logits (B, num_classes) of uint8 images."""
         return self.head(self(images))
+
+
+def _read_weights(path: str, remedy: str) -> dict[str, Tensor]:
+    """State dict of a file of tensors and nothing else, which torch-fidelity itself would not insist on."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There are no weights at {path}; {remedy}.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is no file of PyTorch weights, or a damaged one; {remedy}.") from error
 
 
 def weights_digest(module: nn.Module) -> str:

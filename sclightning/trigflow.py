@@ -62,7 +62,8 @@ def denoise(F: Tensor, x_t: Tensor, t: Tensor, sigma_data: float) -> Tensor:
         sigma_data: Standard deviation of the data.
     """
     t = expand_time(t, x_t)
-    return t.cos() * x_t - t.sin() * sigma_data * F
+    F = F.to(torch.promote_types(F.dtype, t.dtype))
+    return t.cos() * x_t - t.sin() * (sigma_data * F)  # diffusers' SCMScheduler rounds in this order
 
 
 def predict_noise(F: Tensor, x_t: Tensor, t: Tensor, sigma_data: float) -> Tensor:
@@ -77,7 +78,8 @@ def rotate(x_t: Tensor, F: Tensor, t: Tensor, s: Tensor, sigma_data: float) -> T
     One DDIM step. At ``s = 0`` it is :func:`denoise`.
     """
     delta = expand_time(t - s, x_t)
-    return delta.cos() * x_t - delta.sin() * sigma_data * F
+    F = F.to(torch.promote_types(F.dtype, delta.dtype))
+    return delta.cos() * x_t - delta.sin() * (sigma_data * F)
 
 
 def sigma_to_time(sigma: Tensor, sigma_data: float) -> Tensor:

@@ -42,6 +42,14 @@ class PlainNet(nn.Module):
         return self.conv1(torch.tanh(self.conv0(x) + t.cos()[:, None, None, None]))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def torch_home(tmp_path_factory):
+    """References of one session of tests do not outlive it."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch_home")))
+        yield
+
+
 @pytest.fixture
 def make_net():
     """Factory of a tiny DDPM++ for 8x8 images with 10 classes."""
@@ -60,6 +68,22 @@ def classifier_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("classifier") / "classifier.pt"
     torch.save(randomize(ClassifierFeatures(num_features=16)).state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory):
+    """Folder of an untrained autoencoder in diffusers' layout: 3 channels to 4, half the resolution."""
+    diffusers = pytest.importorskip("diffusers")
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = diffusers.AutoencoderKL(block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4, **blocks)
+    rng = np.random.default_rng(5)
+    with torch.no_grad():
+        for p in vae.parameters():
+            if p.ndim > 1:
+                p.copy_(torch.from_numpy(rng.standard_normal(p.shape)).float() * p[0].numel() ** -0.5)
+    path = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(path)
+    return str(path)
 
 
 @pytest.fixture

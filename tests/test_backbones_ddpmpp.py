@@ -72,6 +72,8 @@ def test_augmentation_condition():
     none = network(x, t)
     torch.testing.assert_close(network(x, t, augment=torch.zeros(2, 9)), none)
     assert (network(x, t, augment=torch.ones(2, 9)) - none).abs().max() > 1e-3
+    none.sum().backward()
+    assert network.augment_embedding.weight.grad is not None  # or DDP would wait for it
     with pytest.raises(ValueError, match="augment_dim=0, but augment was given"):
         DDPMpp(**SMALL | {"augment_dim": 0})(x, t, augment=torch.zeros(2, 9))
 
@@ -133,19 +135,16 @@ def test_load_edm(prefix):
     y = (y + nnF.conv2d(a, block["proj.weight"], block["proj.bias"])) * math.sqrt(0.5)
     torch.testing.assert_close(network.decoder["8x8_in0"](x, emb), y, rtol=1e-4, atol=1e-4)
 
-    # The embedding: sines first, one-hot labels times the root of their number.
+    # The embedding: sines first, one-hot labels times the root of their number, as the first layer sees their sum.
     t, label, augment = torch.rand(2), torch.tensor([3, 0]), torch.randn(2, 9)
     features = network.time_embedding(t)
     theirs = torch.cat([features[:, 8:], features[:, :8]], 1)
     theirs = theirs + nnF.linear(nnF.one_hot(label, 4) * math.sqrt(4), edm["map_label.weight"])
-    ours = features + network.label_embedding(label)
-    label_part = ours - features
-    torch.testing.assert_close(label_part, theirs - torch.cat([features[:, 8:], features[:, :8]], 1))
+    theirs = theirs + nnF.linear(augment, edm["map_augment.weight"])
+    ours = features + network.label_embedding(label) + network.augment_embedding(augment)
     torch.testing.assert_close(
-        nnF.linear(features, network.map_layer0.weight),
-        nnF.linear(torch.cat([features[:, 8:], features[:, :8]], 1), edm["map_layer0.weight"]),
+        nnF.linear(ours, network.map_layer0.weight), nnF.linear(theirs, edm["map_layer0.weight"])
     )
-    torch.testing.assert_close(network.augment_embedding(augment), nnF.linear(augment, edm["map_augment.weight"]))
 
     # The velocity has the other sign.
     x = torch.randn(2, 16, 8, 8)

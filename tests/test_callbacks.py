@@ -1,8 +1,4 @@
-"""Callbacks: averages by hand, warm-up, pictures, Fréchet distances against torch-fidelity."""
-
-import hashlib
-import json
-import math
+"""Callbacks: averages by hand, warm-up, pictures."""
 
 import lightning as L
 import numpy as np
@@ -11,14 +7,12 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torchvision.io import decode_png, read_image
 
-from sclightning.callbacks import EMA, FIDEvaluation, SampleGrid, SampleWriter, TangentWarmup
+from sclightning.callbacks import EMA, SampleGrid, SampleWriter, TangentWarmup
 from sclightning.callbacks.ema import power_exponent
 from sclightning.data import DigitsDataModule
 from sclightning.data.arrays import to_uint8
-from sclightning.metrics import ClassifierFeatures, InceptionFeatures
 from sclightning.modules import ConsistencyTraining, TrigFlowDiffusion
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -345,153 +339,3 @@ def test_sample_writer_names_images_by_index(model, quiet, tmp_path):
     written = torch.stack([read_image(str(folder / f"{i:06d}.png")) for i in range(7)])
     assert (written.int() - expected.int()).abs().max() <= 1  # another batch size may round another way
     assert (written[0] != written[1]).any()
-
-
-# --- Fréchet distance -------------------------------------------------------------------------------------------------
-
-
-def frechet(a, b):
-    """Fréchet distance of two sets of features, in float64 through symmetric eigenvalues."""
-    a, b = a.double(), b.double()
-    root = lambda m: (lambda e: e[1] * e[0].clamp_min(0).sqrt() @ e[1].T)(torch.linalg.eigh(m))  # noqa: E731
-    A, C = torch.cov(a.T), torch.cov(b.T)
-    cross = torch.linalg.eigvalsh(root(A) @ C @ root(A)).clamp_min(0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + C.trace() - 2 * cross).item()
-
-
-def evaluate(model, quiet, tmp_path, extractor, n=200, stage="test", data=None, **options):
-    """Run a stage with the callback; the callback and the logged metrics."""
-    callback = FIDEvaluation(extractor, **options)
-    settings = {**quiet, "limit_val_batches": 1.0, "default_root_dir": tmp_path, "callbacks": [callback]}
-    data = data or DigitsDataModule(num_test_samples=n, num_val_samples=n, sample_batch_size=64)
-    return callback, getattr(L.Trainer(**settings), stage)(model, datamodule=data, verbose=False)[0]
-
-
-@pytest.mark.parametrize("reference", ["train", "held_out"])
-@pytest.mark.parametrize("stage", ["test", "validate"])
-def test_frechet_distance_is_torch_fidelitys(model, quiet, tmp_path, classifier_file, reference, stage):
-    """The same features through torch-fidelity and through a closed form give the same number."""
-    extractor = ClassifierFeatures(str(classifier_file), num_features=16)
-    callback, logged = evaluate(model, quiet, tmp_path, extractor, stage=stage, reference=reference)
-    assert list(logged) == [callback.key] == ["fd_classifier"]
-    data = DigitsDataModule()
-    real = extractor(torch.from_numpy(data.split(reference).images))
-    batches = torch.arange(200).split(64)
-    fake = extractor(to_uint8(torch.cat([model.sample(i, (1, 8, 8), i % 10) for i in batches])))
-    statistics = [fid_features_to_statistics(f.double()) for f in (fake, real)]
-    expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
-    assert expected == pytest.approx(frechet(fake, real), rel=1e-8)
-    assert logged["fd_classifier"] == pytest.approx(expected, rel=1e-6)  # torchmetrics rounds its result to float32
-    assert logged["fd_classifier"] > 0.1
-
-
-def test_frechet_distance_of_the_real_images_is_zero(make_net, quiet, tmp_path, classifier_file):
-    """A model that returns the reference set has no distance to it, whatever the batches."""
-
-    class Perfect(ConsistencyTraining):
-        def validation_step(self, batch, batch_idx):
-            images = self.trainer.datamodule.split("train").images[batch.index]
-            return torch.from_numpy(images).float() / 127.5 - 1
-
-        test_step = validation_step
-
-    module, extractor = Perfect(make_net(), sigma_data=0.752), ClassifierFeatures(str(classifier_file), num_features=16)
-    _, logged = evaluate(module, quiet, tmp_path, extractor, n=899)
-    assert logged["fd_classifier"] == pytest.approx(0, abs=1e-5)
-
-
-def test_frechet_distance_forgets_the_last_samples(model, quiet, tmp_path, classifier_file):
-    """A second validation is not mixed with the first."""
-    callback = FIDEvaluation(ClassifierFeatures(str(classifier_file), num_features=16))
-    settings = {**quiet, "limit_val_batches": 1.0, "default_root_dir": tmp_path, "callbacks": [callback]}
-    trainer, data = L.Trainer(**settings), DigitsDataModule(num_val_samples=50)
-    first = trainer.validate(model, datamodule=data, verbose=False)
-    model.seed = 8
-    second = trainer.validate(model, datamodule=data, verbose=False)
-    model.seed = 3
-    assert first == trainer.validate(model, datamodule=data, verbose=False) != second
-
-
-def test_frechet_distance_during_fit_is_logged_and_skips_the_sanity_check(make_net, quiet, tmp_path, classifier_file):
-    """After each validation of a run there is a number; the metric enters neither the module nor its checkpoint."""
-    module = ConsistencyTraining(make_net(), sigma_data=0.752)
-    callback = FIDEvaluation(ClassifierFeatures(str(classifier_file), num_features=16))
-    options = {**quiet, "num_sanity_val_steps": 1, "limit_val_batches": 1.0, "val_check_interval": 2}
-    trainer = L.Trainer(
-        **options, max_steps=2, check_val_every_n_epoch=None, default_root_dir=tmp_path, callbacks=[callback]
-    )
-    trainer.fit(module, datamodule=DigitsDataModule(batch_size=4, num_val_samples=50))
-    assert math.isfinite(trainer.callback_metrics["fd_classifier"])
-    assert not any("metric" in name or "classifier" in name for name in module.state_dict())
-
-
-def test_result_says_what_was_compared_with_what(model, quiet, tmp_path, classifier_file):
-    """The JSON of ``test``: extractor, reference with hash and size, samples, steps, seed, checkpoint."""
-    checkpoint = tmp_path / "some.ckpt"
-    trainer = L.Trainer(**quiet, default_root_dir=tmp_path)
-    trainer.strategy.connect(model)
-    trainer.save_checkpoint(checkpoint)
-    extractor = ClassifierFeatures(str(classifier_file), num_features=16)
-    trainer = L.Trainer(**quiet, default_root_dir=tmp_path, callbacks=[FIDEvaluation(extractor, reference="held_out")])
-    data = DigitsDataModule(num_test_samples=30)
-    (logged,) = trainer.test(model, datamodule=data, ckpt_path=checkpoint, verbose=False)
-    (path,) = tmp_path.glob("*.json")
-    result = json.loads(path.read_text())
-    assert path.name.startswith("some_fd_classifier") and "nfe2" in path.name and "seed3" in path.name
-    assert result["fd_classifier"] == pytest.approx(logged["fd_classifier"], rel=1e-6)
-    held_out = data.split("held_out")
-    sha = hashlib.sha256(held_out.images.tobytes() + held_out.labels.tobytes()).hexdigest()
-    assert result["reference"] == {"data": "digits", "split": "held_out", "images": 898, "sha256": sha}
-    assert result["extractor"]["name"] == "classifier" and len(result["extractor"]["sha256"]) == 64
-    assert (result["samples"], result["nfe"], result["seed"]) == (30, 2, 3)
-    assert result["guidance_scale"] is None and result["checkpoint"] == str(checkpoint)
-
-
-def test_results_of_different_settings_do_not_overwrite_each_other(make_net, quiet, tmp_path, classifier_file):
-    """Steps, seed, guidance and reference are part of the file's name."""
-    extractor = ClassifierFeatures(str(classifier_file), num_features=16)
-    settings = (
-        ([1.5], 0, 1.0, "train"),
-        ([1.5, 1.1], 0, 1.0, "train"),
-        ([1.5], 1, 1.0, "train"),
-        ([1.5], 0, 2.0, "train"),
-        ([1.5], 0, 1.0, "held_out"),
-    )
-    for n, (times, seed, scale, reference) in enumerate(settings, start=1):
-        model = ConsistencyTraining(make_net(guidance=True), sigma_data=0.752, times=times, seed=seed)
-        model.guidance_scale = scale
-        evaluate(model, quiet, tmp_path, extractor, n=10, reference=reference)
-        assert len(list(tmp_path.glob("*.json"))) == n
-
-
-def test_samples_that_are_not_finite_are_refused(make_net, quiet, tmp_path, classifier_file):
-    """One NaN is enough, and it is said before it becomes a number."""
-
-    class Diverged(ConsistencyTraining):
-        def sampler(self, noise, label):
-            x = torch.zeros(noise.shape[1:])
-            x[-1, 0, 0, 0] = torch.nan
-            return x
-
-    extractor = ClassifierFeatures(str(classifier_file), num_features=16)
-    with pytest.raises(ValueError, match=r"not finite.*diverged") as error:
-        evaluate(Diverged(make_net(), sigma_data=0.752), quiet, tmp_path, extractor)
-    assert "\n" not in str(error.value) and not list(tmp_path.glob("*.json"))
-
-
-def test_evaluation_without_real_images_is_refused(model, quiet, tmp_path, classifier_file):
-    """No data module, or one that has no reference."""
-    callback = FIDEvaluation(ClassifierFeatures(str(classifier_file), num_features=16))
-    trainer = L.Trainer(**quiet, default_root_dir=tmp_path, callbacks=[callback])
-    with pytest.raises(ValueError, match=r"no data module.*reference_dataloader") as error:
-        trainer.test(model, DataLoader([1]))
-    assert "\n" not in str(error.value)
-
-
-def test_only_inception_is_called_fid(classifier_file):
-    """Other features have another name."""
-    callback = FIDEvaluation(ClassifierFeatures(str(classifier_file), num_features=16))
-    assert callback.key == "fd_classifier"
-    assert not callback.extractor.training and not any(p.requires_grad for p in callback.extractor.parameters())
-    callback.extractor = InceptionFeatures.__new__(InceptionFeatures)
-    assert callback.key == "fid"

@@ -16,6 +16,7 @@ from torchvision.io import read_image
 
 from sclightning.cli import main
 from sclightning.data.arrays import to_uint8
+from sclightning.metrics import ClassifierFeatures
 from sclightning.modules import ConsistencyDistillation, TrigFlowDiffusion
 from sclightning.modules.base import TrigFlowModule
 
@@ -53,6 +54,7 @@ def student(tmp_path_factory, write_config, teacher, classifier_file):
         teacher_checkpoint=str(teacher.ckpt),
         times=[1.5, 0.9],
         callbacks=[*callbacks, fid(classifier_file)],
+        data={"num_val_samples": 20},
         trainer={"val_check_interval": 3, "check_val_every_n_epoch": None, "limit_val_batches": 1.0},
     )
     main(["fit", "--config", str(config)])
@@ -117,14 +119,14 @@ def test_test_writes_a_result_and_leaves_the_config_alone(student):
     before = (student.folder / "config.yaml").read_text()
     args = ["--config", str(student.folder / "config.yaml"), "--ckpt_path", str(student.ckpt)]
     main(["test", *args])
-    main(["test", *args, "--model.times=[1.2]", "--model.seed=5", "--data.num_test_samples=15"])
+    main(["test", *args, "--model.times=[1.2]", "--model.seed=5", "--data.num_test_samples=18"])
     assert (student.folder / "config.yaml").read_text() == before
     first, second = (
         json.loads(next(student.folder.glob(f"last_fd_classifier*nfe{nfe}*seed{seed}*.json")).read_text())
         for nfe, seed in ((2, 0), (1, 5))
     )
     assert (first["samples"], first["nfe"], first["seed"]) == (20, 2, 0)
-    assert (second["samples"], second["nfe"], second["seed"]) == (15, 1, 5)
+    assert (second["samples"], second["nfe"], second["seed"]) == (18, 1, 5)
     assert first["checkpoint"] == str(student.ckpt) and first["fd_classifier"] != second["fd_classifier"]
 
 
@@ -137,6 +139,57 @@ def test_test_uses_the_weights_of_the_checkpoint(student, capsys):
         for stem in ("last", "model")
     )
     assert trained["fd_classifier"] != fresh["fd_classifier"] and fresh["checkpoint"] is None
+
+
+class OtherFeatures(ClassifierFeatures):
+    """The same network under another name."""
+
+    name = "other"
+
+
+def evaluation(classifier_file, **options):
+    callback = fid(classifier_file)
+    return {"evaluation": callback | {"init_args": callback["init_args"] | options}}
+
+
+def test_test_measures_what_the_config_says(teacher, classifier_file, tmp_path, capsys):
+    """``evaluation`` is read by ``test`` alone, in its own file or not, and each option can be given on the command."""
+    config = tmp_path / "run.yaml"
+    other = {"weights": str(classifier_file), "num_features": 16}
+    other = {"extractor": {"class_path": "test_cli.OtherFeatures", "init_args": other}, "reference": "held_out"}
+    part = evaluation("missing.pt", seeds=[0, 1], save="png", others=[other])["evaluation"]
+    (tmp_path / "part.yaml").write_text(yaml.safe_dump(part))
+    config.write_text(teacher.config.read_text() + "evaluation: part.yaml\n")
+    folder = tmp_path / "run"
+    root = [f"--trainer.default_root_dir={folder}", f"--trainer.logger.init_args.save_dir={folder}"]
+    main(["fit", "--config", str(config), *root, "--trainer.callbacks=[]", "--trainer.max_steps=1"])
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["evaluation"]["init_args"]["seeds"] == [0, 1]
+    capsys.readouterr()
+    args = [f"--evaluation.extractor.weights={classifier_file}", "--evaluation.seeds=[4]", "--model.steps=1"]
+    main(["test", "--config", str(folder / "config.yaml"), *root, *args])
+    (path,) = folder.glob("*.json")
+    result = json.loads(path.read_text())
+    assert [run["seed"] for run in result["runs"]] == [4] and result["nfe"] == 1
+    assert result["others"]["fd_other"]["reference"]["split"] == "held_out" and result["fd_other"] > 0
+    assert len(list(path.with_suffix("").iterdir())) == 20
+    printed = capsys.readouterr().out
+    assert printed.count("fd_classifier") == 1 and f"{result['fd_classifier']:.4g}" in printed
+
+
+def test_test_refuses_before_it_samples(teacher, classifier_file, tmp_path, capsys, monkeypatch):
+    """Missing weights, too few samples, a reference that is not there: a sentence, and no sample was made."""
+    monkeypatch.setattr(TrigFlowModule, "sample", lambda *args: pytest.fail("A sample was made."))
+    config = tmp_path / "run.yaml"
+    config.write_text(teacher.config.read_text() + yaml.safe_dump(evaluation(classifier_file)))
+    line = refuse(capsys, "test", "--config", config, "--evaluation.extractor.weights=gone.pt")
+    assert "gone.pt" in line and "classifier.py" in line
+    line = refuse(capsys, "test", "--config", config, "--data.num_test_samples=16")
+    assert "16 samples are too few" in line
+    line = refuse(capsys, "test", "--config", config, "--evaluation.reference=gone.npz")
+    assert "no reference at gone.npz" in line
+    line = refuse(capsys, "test", "--config", config, "--evaluation.extras=[fvd]")
+    assert "fvd" in line
 
 
 def test_validate_prints_the_distance(student, capsys):

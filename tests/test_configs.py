@@ -11,6 +11,7 @@ import torch
 from sclightning.callbacks import EMA, TangentWarmup
 from sclightning.cli import SCLightningCLI
 from sclightning.data import cifar10
+from sclightning.data.storage import write_metadata
 from sclightning.modules import ConsistencyDistillation, ConsistencyTraining, TrigFlowDiffusion
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -53,11 +54,12 @@ def read(name):
     return kind, "cifar10" if size == "cifar10" else "64" if in64 else "512", size
 
 
+CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32-true"]
+CPU += ["--model.compile=false"]  # whole networks take Dynamo minutes here
+
+
 def load(name, *args):
-    args = ["--config", str(CONFIGS / f"{name}.yaml"), *args]
-    args += ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32-true"]
-    args += ["--model.compile=false"]  # whole networks take Dynamo minutes here
-    return SCLightningCLI(args=args, run=False)
+    return SCLightningCLI(args=["--config", str(CONFIGS / f"{name}.yaml"), *args, *CPU], run=False)
 
 
 def test_all_runs_of_the_paper_are_there():
@@ -132,6 +134,41 @@ def test_numbers_of_the_paper(name):
         assert ema.sigma_rel == (0.05 if student else TEACHER_EMA[data][size])
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if read(name)[2] in ("m", "cifar10")])
+def test_protocol_of_the_paper(name):
+    """50,000 samples, uniform over classes, three seeds, 1 and 2 steps with t = 1.1 or the teacher's evaluations."""
+    kind, data, _ = read(name)
+    with torch.device("meta"):
+        cli = load(name)
+    options, cli.datamodule.trainer = cli.config.evaluation.init_args, cli.trainer
+    assert cli.config.evaluation.class_path == "sclightning.callbacks.FIDEvaluation"
+    assert options.extractor is None and (options.seeds, options.steps) == ([0, 1, 2], [1, 2])
+    requests = cli.datamodule.test_dataloader().dataset
+    labels = requests.__getitems__(range(len(requests))).label
+    assert len(requests) == 50_000
+    assert labels is None if data == "cifar10" else torch.equal(labels.bincount(), torch.full((1000,), 50))
+    if kind == "teacher":
+        assert cli.model.nfe == {"cifar10": 35}.get(data, 63)
+    else:
+        assert cli.model.times == [math.atan(160), 1.1]
+    if data == "512":
+        (other,) = options.others
+        assert other.extractor.class_path == "sclightning.metrics.DINOv2Features"
+        assert other.extractor.init_args.model == "dinov2_vitl14"
+        assert "inception" in options.reference and "dinov2" in other.reference
+    else:
+        assert options.reference == "train" and len(options.extras) == 3
+
+
+def test_guidance_is_swept_on_demand():
+    """The same protocol with the scales of Fig. 7."""
+    sweep = CONFIGS / "evaluation" / "imagenet512_guidance.yaml"
+    with torch.device("meta"):
+        plain, swept = (load("scd_m", *extra).config.evaluation.init_args for extra in ((), (f"--evaluation={sweep}",)))
+    assert swept.guidance_scales == pytest.approx([1 + i / 10 for i in range(11)])
+    assert {**swept.as_dict(), "guidance_scales": None} == plain.as_dict()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_file_is_short_and_says_where_its_numbers_come_from(name):
     lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
@@ -143,6 +180,9 @@ def test_file_is_short_and_says_where_its_numbers_come_from(name):
     text = "\n".join(lines)
     devices = 1 if data == "cifar10" else 8
     assert f"devices: {devices}\n" in text  # which load() overrides
+    part = {"512": "imagenet512", "64": "imagenet64"}.get(data, data)
+    augmented = "_augmented" if name == "teacher_cifar10" else ""
+    assert f"\ndata: data/{part}{augmented}.yaml\nevaluation: evaluation/{part}.yaml\n" in text
     assert f"runs/{name}\n" in text and f"dirpath: runs/{name}," in text
 
 
@@ -159,6 +199,7 @@ def data_sets(tmp_path, monkeypatch):
         path.mkdir(parents=True)
         np.save(path / f"train_{file}.npy", array)
         np.save(path / "train_labels.npy", rng.integers(0, 1000, 4))
+        write_metadata(path, "train", file, 1000, "paper" if file == "moments" else None)
     pixels = rng.normal(127.5, 64, (4, 32, 32, 3)).clip(0, 255).astype(np.uint8)  # of CIFAR-10's standard deviation
     images = SimpleNamespace(data=pixels, targets=[0, 9, 3, 5])
     monkeypatch.setattr(cifar10, "CIFAR10", lambda root, **options: images)

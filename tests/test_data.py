@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from sclightning.data import DigitsDataModule, FashionMNISTDataModule
 from sclightning.data.arrays import ArrayDataset, EndlessSampler, ImageDataModule, from_uint8, to_uint8
-from sclightning.data.requests import SampleRequest, SampleRequests, StridedSampler, request_loader
+from sclightning.data.requests import SampleRequest, SampleRequests, StridedSampler, strided_loader
 from sclightning.modules import TrigFlowDiffusion
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -233,17 +233,24 @@ def test_requests_count_up_and_cycle_through_the_classes():
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("n", [1, 5, 12, 101])
-def test_every_request_once_for_any_number_of_processes(n, world):
-    """No padding, no loss, and the lengths say what comes."""
-    samplers = [StridedSampler(range(n), world, rank, shuffle=False) for rank in range(world)]
-    assert [len(s) for s in samplers] == [len(list(s)) for s in samplers]
-    assert sorted(index for s in samplers for index in s) == list(range(n))
+def test_every_batch_once_for_any_number_of_processes(n, world):
+    """Batch k * world + r is rank r's k-th; padding, whole batches to be dropped, comes in the last round alone."""
+    samplers = [StridedSampler(range(n), world, rank, 4) for rank in range(world)]
+    batches = [list(range(n))[start : start + 4] for start in range(0, n, 4)]
+    rounds = -(-len(batches) // world)
+    for rank, sampler in enumerate(samplers):
+        loader = strided_loader(SampleRequests(n, (1, 2, 2), 0), 4, world, rank)
+        got = [batch.index.tolist() for batch in loader]
+        assert len(sampler) == len(list(sampler)) == sum(map(len, got)) and len(got) == len(loader) == rounds
+        own = batches[rank::world]
+        assert got[: len(own)] == own
+        assert got[len(own) :] in ([], [(own or batches)[0]])
 
 
-def test_request_loader_batches():
+def test_loader_of_requests():
     """Batches of requests with the last one smaller."""
-    loader = request_loader(SampleRequests(10, (1, 2, 2), 4), 3, num_replicas=2, rank=1)
-    assert [batch.index.tolist() for batch in loader] == [[1, 3, 5], [7, 9]]
+    loader = strided_loader(SampleRequests(11, (1, 2, 2), 4), 3, num_replicas=2, rank=1)
+    assert [batch.index.tolist() for batch in loader] == [[3, 4, 5], [9, 10]]
     assert all(isinstance(batch, SampleRequest) for batch in loader)
 
 
@@ -254,6 +261,9 @@ def test_loaders_request_as_many_samples_as_asked():
     for loader, n in ((data.val_dataloader(), 5), (data.test_dataloader(), 12), (data.predict_dataloader(), 12)):
         batches = list(loader)
         assert torch.cat([b.index for b in batches]).tolist() == list(range(n)) and len(batches[0].index) == 5
+    data.test_passes = 3
+    assert [len(loader.dataset) for loader in data.test_dataloader()] == [12] * 3
+    assert len(data.predict_dataloader().dataset) == 12
 
 
 # --- Fashion-MNIST ----------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from sclightning.metrics import ClassifierFeatures
 from sclightning.modules import ConsistencyTraining
 
 warnings.filterwarnings("ignore")
+torch.set_num_threads(1)
 folder, classifier, devices = sys.argv[2], sys.argv[3], int(sys.argv[4])
 
 
@@ -54,10 +55,11 @@ record = {"noise": [], "times": [], "images": [], "gradients": [], "weights": []
 module = Module(
     randomize(DDPMpp(**TINY, dropout=0.1)), sigma_data=0.752, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3)
 )
-fid = FIDEvaluation(ClassifierFeatures(classifier, num_features=16))
+extras = ["inception_score", "precision_recall"]
+fid = FIDEvaluation(ClassifierFeatures(classifier, num_features=16), extras=extras, seeds=[0, 1], save="npz")
 options = {"accelerator": "cpu", "devices": devices, "strategy": "ddp" if devices > 1 else "auto", "logger": False}
 options |= {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder}
-data = DigitsDataModule(batch_size=4, num_val_samples=5, num_test_samples=21, sample_batch_size=4)
+data = DigitsDataModule(batch_size=4, num_val_samples=5, num_test_samples=18, sample_batch_size=4)
 
 trainer = L.Trainer(
     **options, max_steps=3, val_check_interval=3, check_val_every_n_epoch=None, num_sanity_val_steps=0,
@@ -86,13 +88,17 @@ def runs(tmp_path_factory, classifier_file):
         script = folder / "script.py"
         script.write_text(SCRIPT)
         command = [str(script), tests, str(folder), str(classifier_file), str(devices)]
+        # Each makes its own reference: the second must not find that of the first.
+        environment = {"TORCH_HOME": str(folder), "OMP_NUM_THREADS": "1"}
         if devices == 1:
+            threads = torch.get_num_threads()
             with pytest.MonkeyPatch.context() as monkeypatch:
                 monkeypatch.setattr(sys, "argv", command)
+                monkeypatch.setenv("TORCH_HOME", str(folder))
                 runpy.run_path(str(script))
+            torch.set_num_threads(threads)
         else:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run([sys.executable, *command], check=True, env=environment, timeout=120)
+            subprocess.run([sys.executable, *command], check=True, env=os.environ | environment, timeout=120)
         ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(devices)]
         found[devices] = folder, ranks
     return found
@@ -133,17 +139,34 @@ def test_images_are_counted_over_both_processes(runs):
 
 
 def test_two_processes_measure_what_one_does(runs):
-    """The same Fréchet distance from an odd number of samples, and the same pictures."""
-    results = {}
-    for devices, (folder, _) in runs.items():
+    """Samples, reference and distances to the last bit, from five batches, which do not divide by two."""
+    results, samples, references = [], [], []
+    for folder, _ in runs.values():
         (path,) = folder.glob("*fd_classifier*.json")
-        results[devices] = json.loads(path.read_text())
-        assert sorted(path.name for path in (folder / "made").iterdir()) == [f"{i:06d}.png" for i in range(21)]
-    assert results[1]["samples"] == results[2]["samples"] == 21
-    assert results[2]["fd_classifier"] == pytest.approx(results[1]["fd_classifier"], rel=1e-5)
-    for i in range(21):
-        one, two = (read_image(str(runs[d][0] / "made" / f"{i:06d}.png")).numpy().astype(np.int32) for d in (1, 2))
-        assert np.abs(one - two).max() <= 1 and one.std() > 5
+        results.append(json.loads(path.read_text())["runs"])
+        samples.append([np.load(path)["arr_0"] for path in sorted(folder.glob("*seed[01].npz"))])
+        (path,) = (folder / "sclightning").iterdir()
+        references.append(dict(np.load(path)))
+    for one, two in zip(*results, strict=True):
+        assert one["samples"] == two["samples"] == 18
+        same = [name for name in one if name not in ("images_per_second", "seconds")]
+        assert len(same) == 10 and {name: one[name] for name in same} == {name: two[name] for name in same}
+        assert one["fd_classifier"] > 0.01
+    assert [run["seed"] for run in results[0]] == [0, 1]
+    for one, two in zip(*samples, strict=True):
+        assert one.shape == (18, 8, 8, 1) and np.array_equal(one, two) and one.std() > 5
+    assert not np.array_equal(*samples[0])
+    for name, value in references[0].items():
+        assert np.array_equal(value, references[1][name])
+
+
+def test_two_processes_write_the_pictures_of_one(runs):
+    """Every sample once, the same picture."""
+    folders = [folder / "made" for folder, _ in runs.values()]
+    for i in range(18):
+        one, two = (read_image(str(folder / f"{i:06d}.png")) for folder in folders)
+        assert torch.equal(one, two)
+    assert all(len(list(folder.iterdir())) == 18 for folder in folders)
 
 
 def test_grid_is_written_once_by_two_processes(runs):

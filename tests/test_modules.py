@@ -404,6 +404,32 @@ def test_distillation_without_a_teacher_is_refused(make_net, quiet, tmp_path):
     assert sentence(error)
 
 
+def test_two_teachers_are_refused(make_net, quiet, tmp_path, teacher_run):
+    """Pretrained weights and a checkpoint; a network that brings none takes the checkpoint's."""
+    teacher = make_net(seed=3)
+    fit(ConsistencyDistillation(make_net(), teacher_run[1], teacher=teacher, sigma_data=0.752), quiet, tmp_path)
+    teacher.provenance = {"source": "edm.pt"}
+    with pytest.raises(
+        ValueError, match=r"two teachers, the weights from edm\.pt .*teacher_checkpoint=.*leave one"
+    ) as error:
+        ConsistencyDistillation(make_net(), teacher_run[1], teacher=teacher, sigma_data=0.752)
+    assert sentence(error)
+    # A student that is an adapter itself is made a teacher of by its own checkpoint, fit after fit.
+    student = make_net()
+    student.provenance = {"source": "edm.pt"}
+    module = ConsistencyDistillation(student, teacher_run[1], sigma_data=0.752)
+    for _ in range(2):
+        fit(module, quiet, tmp_path)
+
+
+def test_teacher_that_is_the_student_is_refused(make_net):
+    """Freezing it would freeze the student."""
+    net = make_net()
+    with pytest.raises(ValueError, match="shares parameters with the student's backbone"):
+        ConsistencyDistillation(net, teacher=net)
+    assert all(p.requires_grad for p in net.parameters())
+
+
 @pytest.mark.parametrize("model", [ConsistencyTraining, ConsistencyDistillation])
 def test_missing_teacher_checkpoint_is_refused(make_net, quiet, tmp_path, model):
     """The message names the path."""

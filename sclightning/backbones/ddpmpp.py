@@ -67,6 +67,7 @@ class DDPMpp(nn.Module):
             )
         self.resolution, self.in_channels = resolution, in_channels
         self.num_classes, self.guidance, self.double_norm = num_classes, guidance, double_norm
+        self.augment_dim = augment_dim
 
         self.time_embedding = PositionalEmbedding(channels)
         self.label_embedding = LabelEmbedding(num_classes, channels) if num_classes else None
@@ -133,7 +134,7 @@ class DDPMpp(nn.Module):
             t: Times in radians, shape (B,), float32.
             label: Class labels, int64 in [-1, num_classes), shape (B,); -1, or None for all, is "no label".
             guidance: Guidance scales, shape (B,), float32; required exactly if the network was made with it.
-            augment: Augmentation condition, shape (B, augment_dim).
+            augment: Augmentation condition, shape (B, augment_dim); zeros, the images as they are, if not given.
 
         Returns:
             F, shape of ``x``.
@@ -147,7 +148,8 @@ class DDPMpp(nn.Module):
             emb = emb + self.label_embedding(label)
         if guidance is not None:
             emb = emb + self.guidance_embedding(self.time_embedding(guidance).to(x.dtype))
-        if augment is not None:
+        if self.augment_embedding is not None:  # zeros rather than nothing: DDP wants a gradient of every parameter
+            augment = x.new_zeros(len(x), self.augment_dim) if augment is None else augment
             emb = emb + self.augment_embedding(augment.to(x.dtype))
         emb = nnF.silu(self.map_layer1(nnF.silu(self.map_layer0(emb))))
 
@@ -189,8 +191,10 @@ class DDPMpp(nn.Module):
                 return -value
             if name == "map_layer0.weight":  # theirs takes the sines first
                 return value.roll(value.shape[1] // 2, dims=1)
+            if name == "augment_embedding.weight":  # and what is added to them in that order
+                return value.roll(value.shape[0] // 2, dims=0)
             if name == "label_embedding.weight":  # theirs is a linear map of one-hot vectors times sqrt(num_classes)
-                return value.t() * math.sqrt(self.num_classes)
+                return (value.t() * math.sqrt(self.num_classes)).roll(value.shape[0] // 2, dims=1)
             if ".qkv." in name:  # channels of theirs are (head, component, q/k/v), of ours (q/k/v, head, component)
                 heads = self.get_submodule(name.rsplit(".", 2)[0]).heads
                 return value.unflatten(0, (heads, -1, 3)).movedim(2, 0).flatten(0, 2)

@@ -2,7 +2,8 @@
 
 from sclightning.callbacks.ema import EMA
 from sclightning.callbacks.fid import FIDEvaluation
+from sclightning.callbacks.posthoc_ema import PostHocEMA
 from sclightning.callbacks.samples import SampleGrid, SampleWriter
 from sclightning.callbacks.tangent_warmup import TangentWarmup
 
-__all__ = ["EMA", "FIDEvaluation", "SampleGrid", "SampleWriter", "TangentWarmup"]
+__all__ = ["EMA", "FIDEvaluation", "PostHocEMA", "SampleGrid", "SampleWriter", "TangentWarmup"]

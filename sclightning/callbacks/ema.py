@@ -45,6 +45,18 @@ class EMA(L.Callback):
         self._average: dict[str, Tensor] = {}
         self._live: dict[str, Tensor] = {}
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a second average: a checkpoint's ``state_dict`` has room for one.
+
+        Raises:
+            ValueError: If the trainer has another of this class.
+        """
+        if sum(isinstance(callback, EMA) for callback in trainer.callbacks) > 1:
+            raise ValueError(
+                "The trainer has two EMA callbacks, and a checkpoint has room for one average; keep one, and take "
+                "PostHocEMA for averages of other lengths."
+            )
+
     def rate(self, new_images: int) -> float:
         """Rate of an update that ends at ``self.images`` and covers the last ``new_images`` of them."""
         if self.decay is not None:

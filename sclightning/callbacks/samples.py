@@ -1,11 +1,15 @@
 """Samples to look at: a grid during training, a folder of images from ``predict``."""
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torchvision.io import write_png
@@ -71,3 +75,45 @@ class SampleWriter(BasePredictionWriter):
         self.folder.mkdir(parents=True, exist_ok=True)
         for index, image in zip(batch.index.tolist(), trainer.datamodule.to_uint8(prediction).cpu(), strict=True):
             write_png(image, str(self.folder / f"{index:06d}.png"))
+
+
+class SampleSet:
+    """The samples of one setting of a test on disk, written by all processes, each its own.
+
+    Args:
+        path: Where to, without suffix.
+        kind: ``png`` for a folder of ``000000.png`` …, ``npz`` for one file with ``arr_0``, uint8 (N, H, W, C), which
+            ADM's evaluation reads.
+        shape: (N, C, H, W).
+        strategy: What the processes wait for each other with; they share the file system.
+    """
+
+    def __init__(self, path: Path, kind: Literal["png", "npz"], shape: tuple[int, int, int, int], strategy: Strategy):
+        self.path, self.kind, self.strategy = path, kind, strategy
+        if kind == "png":
+            path.mkdir(parents=True, exist_ok=True)
+            return
+        self._file = Path(f"{path}.npy")
+        n, c, h, w = shape
+        if strategy.is_global_zero:
+            np.lib.format.open_memmap(self._file, "w+", np.uint8, (n, h, w, c)).flush()
+        strategy.barrier()
+        self._array = np.lib.format.open_memmap(self._file, "r+")
+
+    def add(self, index: Tensor, images: Tensor) -> None:
+        """Write images, uint8 (B, C, H, W), under their indices (B,)."""
+        if self.kind == "npz":
+            self._array[index.cpu().numpy()] = images.permute(0, 2, 3, 1).cpu().numpy()
+            return
+        for i, image in zip(index.tolist(), images.cpu(), strict=True):
+            write_png(image, str(self.path / f"{i:06d}.png"))
+
+    def close(self) -> None:
+        """Wait for all processes, then make the file what its name says."""
+        if self.kind == "npz":
+            self._array.flush()
+            self.strategy.barrier()
+            if self.strategy.is_global_zero:
+                with zipfile.ZipFile(f"{self.path}.npz", "w") as archive:
+                    archive.write(self._file, "arr_0.npy")
+                self._file.unlink()

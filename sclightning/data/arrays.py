@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from sclightning.data.requests import SampleRequests, request_loader, whole
+from sclightning.data.requests import SampleRequests, strided_loader, whole
 
 Split = Literal["train", "held_out"]
 
@@ -22,10 +22,11 @@ class ArrayDataset(Dataset):
     Args:
         images: uint8, shape (N, C, H, W); any array with batched indexing, a memory map for one.
         labels: int64, shape (N,).
+        sha256: Digest of the arrays if it is known already; reading 80 GB for it takes minutes.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
-        self.images, self.labels = images, labels
+    def __init__(self, images: np.ndarray, labels: np.ndarray, sha256: str | None = None):
+        self.images, self.labels, self._sha256 = images, labels, sha256
 
     def __len__(self) -> int:
         return len(self.images)
@@ -35,6 +36,8 @@ class ArrayDataset(Dataset):
 
     def digest(self) -> str:
         """SHA-256 of images and labels, the name by which a result knows its reference."""
+        if self._sha256 is not None:
+            return self._sha256
         sha = hashlib.sha256()
         for array in (self.images, self.labels):
             sha.update(np.ascontiguousarray(array))
@@ -80,11 +83,13 @@ class ImageDataModule(L.LightningDataModule):
         name: Name of the data in results.
         image_shape: (C, H, W).
         num_classes: Number of labels.
+        test_passes: How often a test makes its samples; an evaluation of several settings sets it.
     """
 
     name: str
     image_shape: tuple[int, int, int]
     num_classes: int
+    test_passes: int = 1
 
     def __init__(self, batch_size: int, num_val_samples: int, num_test_samples: int, sample_batch_size: int, seed: int):
         super().__init__()
@@ -131,20 +136,25 @@ class ImageDataModule(L.LightningDataModule):
         """Requests for ``num_val_samples`` samples."""
         return self._requests(self.hparams.num_val_samples)
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Requests for ``num_test_samples`` samples; as many loaders as there are ``test_passes``."""
+        loaders = [self.predict_dataloader() for _ in range(self.test_passes)]
+        return loaders[0] if self.test_passes == 1 else loaders
+
+    def predict_dataloader(self) -> DataLoader:
         """Requests for ``num_test_samples`` samples."""
         return self._requests(self.hparams.num_test_samples)
 
-    predict_dataloader = test_dataloader
-
-    def reference_dataloader(self, split: Split = "train") -> DataLoader:
+    def reference_dataloader(self, split: Split = "train", num_replicas: int = 1, rank: int = 0) -> DataLoader:
         """Batches ``(uint8 images, labels)`` of a split in stored order, for statistics of real images."""
-        return DataLoader(self.split(split), batch_size=self.hparams.sample_batch_size, collate_fn=whole)
+        return strided_loader(self.split(split), self.hparams.sample_batch_size, num_replicas, rank)
 
     def on_after_batch_transfer(self, batch, dataloader_idx: int):
-        """Images from uint8 to [-1, 1], on the device."""
-        if isinstance(batch, tuple) and isinstance(batch[0], Tensor) and batch[0].dtype == torch.uint8:
-            return from_uint8(batch[0]), *batch[1:]
+        """Images from uint8 to [-1, 1], on the device; without their labels if the data is unconditional."""
+        # Pinning memory makes lists of tuples.
+        if isinstance(batch, tuple | list) and isinstance(batch[0], Tensor) and batch[0].dtype == torch.uint8:
+            x_0 = from_uint8(batch[0])
+            return (x_0, batch[1]) if self.num_classes else x_0
         return batch
 
     def to_uint8(self, x: Tensor) -> Tensor:
@@ -155,6 +165,12 @@ class ImageDataModule(L.LightningDataModule):
         """Position in the stream after the batches that were trained on, counted in images over all processes."""
         images_per_batch = self.hparams.batch_size * self.trainer.world_size
         return self._position + images_per_batch * (self._processed - self._batches)
+
+    def positions(self, n: int) -> range:
+        """Positions in the stream of the ``n`` images of the batch that this process is about to train on."""
+        world = self.trainer.world_size
+        first = self.position() + self.trainer.global_rank
+        return range(first, first + n * world, world)
 
     @property
     def _processed(self) -> int:
@@ -170,9 +186,8 @@ class ImageDataModule(L.LightningDataModule):
 
     def _requests(self, num_samples: int) -> DataLoader:
         requests = SampleRequests(num_samples, self.image_shape, self.num_classes)
-        return request_loader(
-            requests, self.hparams.sample_batch_size, self.trainer.world_size, self.trainer.global_rank
-        )
+        trainer = self.trainer
+        return strided_loader(requests, self.hparams.sample_batch_size, trainer.world_size, trainer.global_rank)
 
 
 def from_uint8(images: Tensor) -> Tensor:

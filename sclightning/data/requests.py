@@ -1,5 +1,6 @@
 """Requests for samples: what validation, test and prediction iterate over instead of images."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -39,24 +40,45 @@ class SampleRequests(Dataset):
 
 
 class StridedSampler(DistributedSampler):
-    """Every ``num_replicas``-th index and nothing twice.
+    """Every ``num_replicas``-th batch: the batches, and with them all rounding, are the same on any number of devices.
 
-    ``DistributedSampler`` pads to equal lengths, and a sample counted twice moves a Fréchet distance. Being a subclass
-    keeps Lightning from putting a padding sampler in our place.
+    All ranks get as many batches, for a sharded network needs every rank in every forward. Of round k, rank r has batch
+    ``k * num_replicas + r``; if there are no more than that many, it makes its first once more, to be dropped.
+    (``DistributedSampler`` pads sample by sample, unseen, and a sample counted twice moves a Fréchet distance. Being a
+    subclass keeps Lightning from putting one in our place.)
+
+    Args:
+        dataset: What to go through in order.
+        num_replicas: Number of processes that share it.
+        rank: This process.
+        batch_size: Batch size of the loader.
     """
 
+    def __init__(self, dataset: Dataset, num_replicas: int, rank: int, batch_size: int):
+        super().__init__(dataset, num_replicas, rank, shuffle=False)
+        self.batch_size = batch_size
+
     def __iter__(self):
-        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+        return iter(
+            index
+            for batch in self._batches()
+            for index in range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.dataset)))
+        )
 
     def __len__(self) -> int:
-        return len(range(self.rank, len(self.dataset), self.num_replicas))
+        return sum(min(self.batch_size, len(self.dataset) - b * self.batch_size) for b in self._batches())
+
+    def _batches(self) -> list[int]:
+        total = math.ceil(len(self.dataset) / self.batch_size)
+        own = list(range(self.rank, total, self.num_replicas))
+        return own if len(own) == math.ceil(total / self.num_replicas) else [*own, own[0] if own else 0]
 
 
-def request_loader(requests: SampleRequests, batch_size: int, num_replicas: int, rank: int) -> DataLoader:
-    """Loader of this rank's share of the requests."""
-    sampler = StridedSampler(requests, num_replicas, rank, shuffle=False)
+def strided_loader(dataset: Dataset, batch_size: int, num_replicas: int, rank: int) -> DataLoader:
+    """Loader of this rank's share of the batches."""
+    sampler = StridedSampler(dataset, num_replicas, rank, batch_size)
     # By keyword: Lightning builds the loader anew for prediction and counts positional arguments twice.
-    return DataLoader(requests, batch_size=batch_size, sampler=sampler, collate_fn=whole)
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=whole)
 
 
 def whole(batch):

@@ -8,12 +8,15 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from sclightning.adapters import Guided, guided_velocity
 from sclightning.backbones.layers import AdaptiveWeight
 from sclightning.data.requests import SampleRequest
 from sclightning.parallelize import checkpoint_blocks, shard
+from sclightning.provenance import merge, recorded
 from sclightning.sampling import sample_noise
 from sclightning.trigflow import sample_time
 
@@ -22,12 +25,14 @@ class TrigFlowModule(L.LightningModule):
     """A network on the TrigFlow arc; subclasses give ``training_step``, ``sampler`` and ``nfe``.
 
     A training batch is ``(x_0, label)`` or ``x_0``: x_0 of standard deviation ``sigma_data``, shape (B, C, H, W), label
-    int64 (B,). Validation, test and prediction batches are :class:`~sclightning.data.requests.SampleRequest`; each step
-    returns samples in the range of the data.
+    int64 (B,). Where ``takes_augment``, also ``(x_0, label or None, augment)``. Validation, test and prediction
+    batches are :class:`~sclightning.data.requests.SampleRequest`; each step returns samples in the range of the data.
     """
 
     nfe: int
     """Network evaluations per sample."""
+    takes_augment = False
+    """Whether ``training_step`` passes on what it is told of augmentation, the third entry of a batch."""
 
     def __init__(
         self,
@@ -49,6 +54,7 @@ class TrigFlowModule(L.LightningModule):
         self.sigma_data, self.P_mean, self.P_std = sigma_data, P_mean, P_std
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.guidance_scale, self.seed = guidance_scale, seed
+        self.provenance: list[dict] = []
         # nn.Module has a method named compile.
         self.compile_options = {} if compile is True else compile or None
         self.channels_last, self.activation_checkpointing = channels_last, activation_checkpointing
@@ -94,7 +100,8 @@ class TrigFlowModule(L.LightningModule):
         """Compare the module with the data it meets.
 
         Raises:
-            ValueError: If the data module's standard deviation is not this module's.
+            ValueError: If the data module's standard deviation is not this module's, or it augments images and the
+                network is not told.
         """
         measured = getattr(self.trainer.datamodule, "sigma_data", None)
         if measured is not None and abs(measured / self.sigma_data - 1) > 0.05:
@@ -102,8 +109,30 @@ class TrigFlowModule(L.LightningModule):
                 f"The training images have a standard deviation of {measured:.3f}, the model was given "
                 f"sigma_data={self.sigma_data}; set model.init_args.sigma_data to {measured:.3f}."
             )
+        augment_dim = getattr(self.trainer.datamodule, "augment_dim", 0)
+        told = getattr(self.backbone, "augment_dim", 0) if self.takes_augment else 0
+        if stage == "fit" and augment_dim not in (0, told):
+            raise ValueError(
+                f"The data is augmented, of which {type(self).__name__} does not tell its network; set "
+                f"data.init_args.augment to 0, or give a TrigFlowDiffusion a backbone with augment_dim: {augment_dim}."
+            )
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Record whose weights these were made from, and under which licence."""
+        checkpoint["provenance"] = merge(self.provenance, recorded(self))
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Keep the record of the checkpoint beside that of this run."""
+        self.provenance = merge(self.provenance, checkpoint.get("provenance", []))
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        label: Tensor | None = None,
+        guidance: Tensor | None = None,
+        augment: Tensor | None = None,
+    ) -> Tensor:
         """Velocity F of the backbone, in the dtype of ``x``.
 
         Args:
@@ -111,8 +140,9 @@ class TrigFlowModule(L.LightningModule):
             t: Times in radians, shape (B,), float32.
             label: Class labels, int64 (B,), -1 for none.
             guidance: Guidance scale per sample, shape (B,).
+            augment: Augmentation condition, shape (B, augment_dim).
         """
-        return self._call(self.backbone, x, t, label, guidance)
+        return self._call(self.backbone, x, t, label, guidance, augment)
 
     @torch.no_grad()
     def sample(
@@ -131,7 +161,7 @@ class TrigFlowModule(L.LightningModule):
         """
         indices = index.tolist() if isinstance(index, Tensor) else index
         noise = sample_noise(indices, shape, self._noise_draws, self.seed if seed is None else seed).to(self.device)
-        label = None if label is None else label.to(self.device)
+        label = move_data_to_device(label, self.device)  # a tensor, or a dictionary of text embeddings
         training = self.training
         self.eval()
         x = self.sampler(noise, label)
@@ -142,7 +172,7 @@ class TrigFlowModule(L.LightningModule):
         """Turn unit noise (draws, B, C, H, W) into samples (B, C, H, W)."""
         raise NotImplementedError(f"{type(self).__name__} does not define a sampler.")
 
-    def validation_step(self, batch: SampleRequest, batch_idx: int) -> Tensor:
+    def validation_step(self, batch: SampleRequest, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Samples for a request; callbacks look at them."""
         return self.sample(batch.index, batch.shape, batch.label)
 
@@ -220,13 +250,14 @@ class TrigFlowModule(L.LightningModule):
         t: Tensor,
         label: Tensor | None = None,
         guidance: Tensor | None = None,
+        augment: Tensor | None = None,
     ) -> Tensor:
         """Evaluate a network and hold it to the contract.
 
         Shapes are looked at always, values at the first output only: that stalls the device.
         """
         # Only the conditions there are, so that ``net(x, t)`` is enough of a signature.
-        conditions = {"label": label, "guidance": guidance}
+        conditions = {"label": label, "guidance": guidance, "augment": augment}
         layout = torch.channels_last if self.channels_last else torch.preserve_format
         x_in = x.to(self.dtype, memory_format=layout)
         F = network(x_in, t, **{name: value for name, value in conditions.items() if value is not None})
@@ -244,6 +275,14 @@ class TrigFlowModule(L.LightningModule):
             self._seen.add(network)
         return F.to(x.dtype)
 
+    def _call_guided(
+        self, network: nn.Module, x: Tensor, t: Tensor, label: Tensor | None, guidance: Tensor | None
+    ) -> Tensor:
+        """Evaluate a diffusion model, guided in its own way if it has one, by leaving out the label otherwise."""
+        if guidance is None or isinstance(network, Guided):
+            return self._call(network, x, t, label, guidance)
+        return guided_velocity(functools.partial(self._call, network), x, t, label, guidance)
+
     def _normalize_weights(self) -> None:
         if hasattr(self.backbone, "normalize_weights"):
             with torch.no_grad():
@@ -258,19 +297,3 @@ def _compiled(function: Callable, options: dict[str, Any]) -> Callable:
 
     # DDP has Dynamo cut graphs at its buckets, through the middle of the jvp.
     return torch._dynamo.config.patch(optimize_ddp=False)(torch.compile(function, **options))
-
-
-def guided_velocity(network: Callable, x: Tensor, t: Tensor, label: Tensor, scale: Tensor | float) -> Tensor:
-    r"""Classifier-free guidance :math:`F_\varnothing + s\,(F_c - F_\varnothing)`; s = 1 is no guidance.
-
-    Args:
-        network: ``F(x, t, label=...)`` trained with dropped labels.
-        x: Noisy images of unit variance, shape (B, C, H, W).
-        t: Times in radians, shape (B,).
-        label: Class labels, int64 (B,).
-        scale: Guidance scale, one number or shape (B,).
-    """
-    if isinstance(scale, Tensor):
-        scale = scale.view(-1, 1, 1, 1)
-    F_c, F_0 = network(x, t, label=label), network(x, t, label=torch.full_like(label, -1))
-    return F_0 + scale * (F_c - F_0)

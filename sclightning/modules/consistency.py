@@ -11,8 +11,10 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from sclightning.modules.base import TrigFlowModule, guided_velocity
+from sclightning.adapters import Guided, check_forward_ad
+from sclightning.modules.base import TrigFlowModule
 from sclightning.objective import ConsistencyLoss, Normalization, consistency_loss
+from sclightning.provenance import merge, of_checkpoint
 from sclightning.sampling import T_MAX, consistency
 from sclightning.trigflow import interpolate, velocity
 
@@ -46,6 +48,7 @@ class ConsistencyModel(TrigFlowModule):
         self.teacher_checkpoint = teacher_checkpoint
         self.normalization, self.c, self.shared_primal = normalization, c, shared_primal
         self.times = list(times)
+        self._forward_ad_checked = False
         # A tensor, so that a compiled step is not compiled again for each value.
         self.register_buffer("tangent_warmup", torch.tensor(1.0), persistent=False)
 
@@ -59,6 +62,19 @@ class ConsistencyModel(TrigFlowModule):
         super().setup(stage)
         if stage == "fit" and self.teacher_checkpoint is not None:
             load_backbone(self.backbone, self.teacher_checkpoint)
+            self.provenance = merge(self.provenance, of_checkpoint(self.teacher_checkpoint))
+
+    def on_train_batch_start(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Look at the first batch whether forward-mode AD passes the network and is right about it."""
+        if self._forward_ad_checked:
+            return
+        self._forward_ad_checked = True
+        x_0, label = self._split(batch)
+        with self._draw(x_0, batch_idx) as (z, t):
+            conditions = {"label": label, "guidance": self.draw_guidance(x_0)}
+            x = (interpolate(x_0, z, t) / self.sigma_data).to(self.dtype)
+            compiled = self.compile_options is not None
+            check_forward_ad(self.backbone, x, t, **conditions, every_module=False, compiled=compiled)
 
     def training_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Consistency loss of one batch, averaged (Alg. 1)."""
@@ -195,7 +211,7 @@ class ConsistencyDistillation(ConsistencyModel):
         teacher_checkpoint: Checkpoint of the diffusion model: its averaged weights are the teacher's and the student's
             first. May be left out if ``teacher`` brings its own weights; the student then starts as it is.
         teacher: The teacher's network if it is not the student's: made without a guidance input, say, or somebody
-            else's behind an adapter.
+            else's behind an adapter (:mod:`sclightning.adapters`), guided or not. Any ``F = net(x, t, label)`` will do.
         guidance_range: Range from which the guidance scale of each training sample is drawn uniformly (the paper:
             [1, 2]); needs a backbone with a guidance input and a teacher trained with dropped labels.
         sigma_data: Standard deviation of the data.
@@ -215,6 +231,9 @@ class ConsistencyDistillation(ConsistencyModel):
         channels_last: Memory format of the images in a convolutional network.
         activation_checkpointing: Keep only the inputs of the network's blocks, and compute the rest again in the
             backward pass; turns ``shared_primal`` off.
+
+    Raises:
+        ValueError: If there are two teachers, or if the teacher is the student.
     """
 
     def __init__(
@@ -245,6 +264,17 @@ class ConsistencyDistillation(ConsistencyModel):
         self.save_hyperparameters(ignore=["backbone", "teacher", "optimizer", "lr_scheduler"])
         self.teacher, self.guidance_range = teacher, guidance_range
         if teacher is not None:
+            provenance = getattr(teacher, "provenance", None)
+            if provenance and teacher_checkpoint is not None:
+                raise ValueError(
+                    f"There are two teachers, the weights from {provenance.get('source')} in model.init_args.teacher "
+                    f"and model.init_args.teacher_checkpoint={teacher_checkpoint}; leave one of them out."
+                )
+            if {*map(id, teacher.parameters())} & {*map(id, backbone.parameters())}:
+                raise ValueError(
+                    "The teacher is frozen but shares parameters with the student's backbone; give one of them a copy "
+                    "(copy.deepcopy)."
+                )
             teacher.eval().requires_grad_(False)
         # The frozen teacher stays out of checkpoints, it is on disk already; loading stays strict for the rest.
         self.register_state_dict_post_hook(_drop_teacher)
@@ -272,7 +302,8 @@ class ConsistencyDistillation(ConsistencyModel):
                 )
             self.teacher = copy.deepcopy(self.backbone)
         if self.teacher_checkpoint is not None:
-            load_backbone(self.teacher, self.teacher_checkpoint)
+            network = self.teacher.network if isinstance(self.teacher, Guided) else self.teacher
+            load_backbone(network, self.teacher_checkpoint)
         self.teacher.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "ConsistencyDistillation":
@@ -300,10 +331,7 @@ class ConsistencyDistillation(ConsistencyModel):
         self, x_t: Tensor, x_0: Tensor, z: Tensor, t: Tensor, label: Tensor | None, guidance: Tensor | None
     ) -> Tensor:
         """The teacher's velocity, guided where a scale is given."""
-        teacher = functools.partial(self._call, self.teacher)
-        x = x_t / self.sigma_data
-        F = teacher(x, t, label) if guidance is None else guided_velocity(teacher, x, t, label, guidance)
-        return self.sigma_data * F
+        return self.sigma_data * self._call_guided(self.teacher, x_t / self.sigma_data, t, label, guidance)
 
 
 def _drop_teacher(module: nn.Module, state_dict: dict, prefix: str, metadata: dict) -> None:
@@ -315,12 +343,15 @@ def _miss_no_teacher(module: nn.Module, incompatible: Any) -> None:
     incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not name.startswith("teacher.")]
 
 
-def load_backbone(backbone: nn.Module, checkpoint: str) -> None:
+def load_backbone(backbone: nn.Module, checkpoint: str) -> nn.Module:
     """Load the backbone's weights out of a checkpoint of a module: the averaged ones where it was trained with EMA.
 
     Args:
         backbone: Network to fill. Parameters of a guidance input, which the checkpoint may lack, stay as they are.
         checkpoint: Path of a Lightning checkpoint.
+
+    Returns:
+        ``backbone``, so that this function can be a ``class_path`` of a config.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -347,3 +378,4 @@ def load_backbone(backbone: nn.Module, checkpoint: str) -> None:
             f"tensors differ, first {wrong[0]}); give the student's backbone the teacher's arguments."
         )
     backbone.load_state_dict(state, strict=False)
+    return backbone

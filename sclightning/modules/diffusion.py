@@ -6,7 +6,8 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from sclightning.modules.base import TrigFlowModule, guided_velocity
+from sclightning.adapters import Guided
+from sclightning.modules.base import TrigFlowModule
 from sclightning.objective import weighted_loss
 from sclightning.sampling import SOLVERS, karras_times
 from sclightning.trigflow import interpolate, velocity
@@ -23,7 +24,8 @@ class TrigFlowDiffusion(TrigFlowModule):
         label_dropout: Probability of training without the label, for classifier-free guidance.
         solver: Sampler: ``heun`` (DPM-Solver-2S), ``ddim`` or ``dpm_solver++`` (2M).
         steps: Sampler's steps; Heun evaluates the network ``2 * steps - 1`` times.
-        guidance_scale: Classifier-free guidance in sampling; none if not given.
+        guidance_scale: Guidance in sampling, classifier-free unless the backbone is a
+            :class:`~sclightning.adapters.Guided` network; none if not given.
         optimizer: Optimizer of the network and the adaptive weight.
         lr_scheduler: Learning-rate schedule, stepped with the optimizer.
         seed: Seed of training noise and of samples.
@@ -58,22 +60,31 @@ class TrigFlowDiffusion(TrigFlowModule):
         self.save_hyperparameters(ignore=["backbone", "optimizer", "lr_scheduler"])
         self.label_dropout, self.solver, self.steps = label_dropout, solver, steps
 
-    def training_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Denoising loss of one batch, averaged."""
+    takes_augment = True
+
+    def training_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        """Denoising loss of one batch, averaged; of ``(x_0, label, augment)`` the network is told ``augment``."""
         x_0, label = self._split(batch)
+        augment = batch[2] if isinstance(batch, tuple | list) and len(batch) > 2 else None
         with self._draw(x_0, batch_idx) as (z, t):
             if label is not None and self.label_dropout > 0:
                 label = label.masked_fill(torch.rand(len(label), device=label.device) < self.label_dropout, -1)
-            loss = self._evaluate(x_0, z, t, label).mean()
+            loss = self._evaluate(x_0, z, t, label, None, augment).mean()
         self._report(loss=loss)
         return loss
 
     def loss(
-        self, x_0: Tensor, z: Tensor, t: Tensor, label: Tensor | None = None, guidance: Tensor | None = None
+        self,
+        x_0: Tensor,
+        z: Tensor,
+        t: Tensor,
+        label: Tensor | None = None,
+        guidance: Tensor | None = None,
+        augment: Tensor | None = None,
     ) -> Tensor:
         """Denoising loss per sample (Eq. 4), shape (B,)."""
         x_t, v_t = interpolate(x_0, z, t), velocity(x_0, z, t)
-        F = self(x_t / self.sigma_data, t, label, guidance)
+        F = self(x_t / self.sigma_data, t, label, guidance, augment)
         return weighted_loss(self.sigma_data * F - v_t, self.adaptive_weight(t))
 
     @property
@@ -85,9 +96,9 @@ class TrigFlowDiffusion(TrigFlowModule):
         """Solve the PF-ODE from unit noise (1, B, C, H, W)."""
 
         def F(x: Tensor, t: Tensor) -> Tensor:
-            if self.guidance_scale is None or label is None:
-                return self(x, t, label)
-            return guided_velocity(self, x, t, label, self.guidance_scale)
+            guided = self.guidance_scale is not None and (label is not None or isinstance(self.backbone, Guided))
+            scale = torch.full_like(t, self.guidance_scale) if guided else None
+            return self._call_guided(self.backbone, x, t, label, scale)
 
         times = karras_times(self.steps, self.sigma_data)
         return SOLVERS[self.solver](F, noise[0], times, self.sigma_data)
