@@ -77,7 +77,10 @@ class SCLightningCLI(LightningCLI):
         if self._evaluation is not None:
             parser = ArgumentParser()
             parser.add_subclass_arguments(FIDEvaluation, "evaluation")
-            self.trainer.callbacks.append(parser.instantiate(Namespace(evaluation=self._evaluation)).evaluation)
+            evaluation = parser.instantiate(Namespace(evaluation=self._evaluation)).evaluation
+            # In place of the run's own, which measures during ``fit``: two would set the same model's times and seeds.
+            others = [c for c in self.trainer.callbacks if not isinstance(c, FIDEvaluation)]
+            self.trainer.callbacks = [*others, evaluation]
         if any(isinstance(callback, FIDEvaluation) for callback in self.trainer.callbacks):
             self.config_init[self.subcommand]["verbose"] = False
 

@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import warnings
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,8 +200,11 @@ class Measure:
                 f"There is no reference at {path}; get EDM's .npz or convert EDM2's (docs/evaluation.md), or set "
                 "reference to train."
             )
-        with np.load(path, allow_pickle=False) as file:
-            content = dict(file)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                content = dict(file)
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is no .npz of arrays, or a damaged one; get it again.") from error
         if not {"mu", "sigma"} <= content.keys():
             raise ValueError(f"{path} has no mu and sigma but {', '.join(content)}; give statistics, not images.")
         mu, sigma = content["mu"].astype(np.float64), content["sigma"].astype(np.float64)

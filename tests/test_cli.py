@@ -177,6 +177,18 @@ def test_test_measures_what_the_config_says(teacher, classifier_file, tmp_path, 
     assert printed.count("fd_classifier") == 1 and f"{result['fd_classifier']:.4g}" in printed
 
 
+def test_evaluation_takes_the_place_of_the_one_during_fit(student, classifier_file, tmp_path):
+    """A run that measures while it trains is tested in all settings of its ``evaluation``, and in them alone."""
+    assert "FIDEvaluation" in student.config.read_text()
+    config = tmp_path / "run.yaml"
+    part = evaluation(classifier_file, seeds=[0, 1], steps=[1, 2])
+    config.write_text(student.config.read_text() + yaml.safe_dump(part))
+    main(["test", "--config", str(config), f"--trainer.default_root_dir={tmp_path}"])
+    (path,) = tmp_path.glob("*.json")
+    runs = json.loads(path.read_text())["runs"]
+    assert [(run["nfe"], run["seed"]) for run in runs] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+
+
 def test_test_refuses_before_it_samples(teacher, classifier_file, tmp_path, capsys, monkeypatch):
     """Missing weights, too few samples, a reference that is not there: a sentence, and no sample was made."""
     monkeypatch.setattr(TrigFlowModule, "sample", lambda *args: pytest.fail("A sample was made."))

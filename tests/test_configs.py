@@ -186,6 +186,18 @@ def test_file_is_short_and_says_where_its_numbers_come_from(name):
     assert f"runs/{name}\n" in text and f"dirpath: runs/{name}," in text
 
 
+def test_samples_of_imagenet512_can_be_decoded():
+    """``sclightning test --config configs/scd_m.yaml`` needs pictures, and so a decoder, of the config's convention."""
+    data = load("scd_m").datamodule
+    assert (data.vae, data.convention) == ("stabilityai/sd-vae-ft-mse", "paper")
+
+
+@pytest.mark.parametrize("name", ["CIFAR10DataModule", "ImageNet64DataModule", "ImageNetLatentDataModule"])
+def test_data_modules_are_where_the_others_are(name):
+    """``sclightning.data`` is what the command imports: there, ``--data=CIFAR10DataModule`` is found."""
+    assert type(load("sct_cifar10", f"--data=sclightning.data.{name}").datamodule).__name__ == name
+
+
 @pytest.fixture
 def data_sets(tmp_path, monkeypatch):
     """Random data where the configs look for it."""

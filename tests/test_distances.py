@@ -347,3 +347,12 @@ def test_score_without_logits():
 
     with pytest.raises(ValueError, match=r"logits.*Headless"):
         Measure(Headless(), extras=["inception_score"])
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"text", lambda data: b"", lambda data: data[: len(data) // 2]])
+def test_reference_that_is_no_npz(tmp_path, damage):
+    """Another file, an empty one, half of one."""
+    path = tmp_path / "r.npz"
+    write_statistics(path, Images().split("train").images)
+    path.write_bytes(damage(path.read_bytes()))
+    refuse(r"r\.npz is no \.npz of arrays, or a damaged one", Measure(Projection(), reference=str(path)))

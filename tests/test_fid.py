@@ -454,6 +454,14 @@ def test_latents_without_decoder_are_refused(make_net, quiet, tmp_path, extracto
         evaluate(Never(make_net(), sigma_data=0.752), quiet, tmp_path, extractor, data=Latents(num_test_samples=50))
 
 
+def test_two_evaluations_in_one_test_are_refused(make_net, quiet, tmp_path, extractor):
+    """Each would give the model its own settings, and both measure those of the second."""
+    callbacks = [FIDEvaluation(extractor), FIDEvaluation(extractor, seeds=[0, 1])]
+    trainer = L.Trainer(**quiet, default_root_dir=tmp_path, callbacks=callbacks)
+    with pytest.raises(ValueError, match="two FIDEvaluations would set the model's times and seeds twice"):
+        trainer.test(Never(make_net(), sigma_data=0.752), datamodule=DigitsDataModule(num_test_samples=20))
+
+
 def test_training_without_validation_needs_no_reference(make_net, quiet, tmp_path, extractor):
     """A run that does not validate reads no statistics."""
     module = ConsistencyTraining(make_net(), sigma_data=0.752)

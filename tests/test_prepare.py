@@ -274,3 +274,26 @@ def test_a_model_trains_on_prepared_latents_and_shows_pictures(folder, tmp_path,
     assert any(not torch.equal(p, before[name]) for name, p in module.named_parameters())
     pictures = data.to_uint8(module.sample(range(2), data.image_shape, torch.tensor([0, 1])))
     assert pictures.shape == (2, 3, 16, 16) and pictures.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("option", ["resolution", "devices", "batch_size"])
+def test_numbers_below_one_are_refused(folder, tmp_path, option):
+    """Not blamed on the first image, which --corrupt=skip would then leave out, and all others."""
+    with pytest.raises(ValueError, match=f"--{option} is 0; give a number above 0"):
+        prepare(str(folder), str(tmp_path / "out"), **{"resolution": 16, "workers": 0, option: 0})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_is_no_folder_to_write_to(folder, tmp_path):
+    (tmp_path / "out").write_text("text")
+    with pytest.raises(NotADirectoryError, match="out is a file; give a folder"):
+        prepare(str(folder), str(tmp_path / "out"), resolution=16, workers=0)
+
+
+def test_nothing_but_corrupt_images_is_no_data_set(folder, tmp_path):
+    """Also where they may be left out."""
+    for path in folder.glob("*/*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"None of the 12 images in .* can be read"):
+        prepare(str(folder), str(tmp_path / "out"), resolution=16, workers=0, corrupt="skip")
+    assert read_metadata(tmp_path / "out", "train") is None

@@ -160,3 +160,14 @@ def test_nothing_of_the_kind_is_refused(tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match="neither images nor"):
         open_source(write_zip(tmp_path / "a.zip", {"a.txt": b""}), "train")
+
+
+def test_file_that_is_no_zip_and_damaged_cifar10_are_refused(tmp_path):
+    """A sentence, not torchvision's error."""
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(FileNotFoundError, match=r"a\.txt is neither a ZIP file"):
+        open_source(str(tmp_path / "a.txt"), "train")
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_text("half of it")
+    with pytest.raises(ValueError, match="damaged or not complete; unpack cifar-10-python"):
+        open_source(str(tmp_path), "train")

@@ -96,6 +96,11 @@ class FIDEvaluation(L.Callback):
         self._num_samples = len(loader.dataset)
         self._num_batches = -(-self._num_samples // loader.batch_size)
         if stage == "test":
+            if sum(isinstance(callback, FIDEvaluation) for callback in trainer.callbacks) > 1:
+                raise ValueError(
+                    "A test with two FIDEvaluations would set the model's times and seeds twice; give the Trainer one, "
+                    "and what the second measures as its 'others'."
+                )
             self._plan, data.test_passes = self._settings(pl_module)
             rank_zero_info(f"{data.test_passes} x {self._num_samples:,} samples will be made")
         device = trainer.strategy.root_device

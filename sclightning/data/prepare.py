@@ -66,6 +66,11 @@ def prepare(
         FileNotFoundError: If there is nothing to prepare, or no VAE.
         ValueError: If the arguments contradict each other, or what is in ``out``, or an image cannot be read.
     """
+    for name, value in (("resolution", resolution), ("devices", devices), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; give a number above 0.")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise NotADirectoryError(f"{out} is a file; give a folder to write to.")
     images = open_source(source, split)
     job = _plan(images, out, split, resolution, vae, convention, workers, batch_size)
     partial = _begin(job)
@@ -92,6 +97,8 @@ def prepare(
                     process.terminate()
         report.update()
     skipped = [images.names[i] for i in partial.corrupt]
+    if len(skipped) == len(images.names):
+        raise ValueError(f"None of the {len(skipped)} images in {source} can be read, so there is nothing to prepare.")
     array = partial.finish(images.labels)
     measured = {"channels": channel_statistics(array)} if job.kind == "moments" else {}
     packages = ["torch", "numpy", "pillow", *(["diffusers"] if vae else [])]

@@ -46,17 +46,22 @@ def open_source(path: str, split: Split) -> Source:
 
     Raises:
         FileNotFoundError: If there is nothing of the kind.
-        ValueError: If the labels of a ZIP file are not one class number for each of its images.
+        ValueError: If the labels of a ZIP file are not one class number for each of its images, or CIFAR-10 is damaged.
     """
     if zipfile.is_zipfile(path):
         return _open_zip(path)
     if (Path(path) / "cifar-10-batches-py").is_dir():
-        cifar10 = CIFAR10(path, train=split == "train")
+        try:
+            cifar10 = CIFAR10(path, train=split == "train")
+        except RuntimeError as error:
+            raise ValueError(
+                f"CIFAR-10 in {path} is damaged or not complete; unpack cifar-10-python.tar.gz there again."
+            ) from error
         names = [f"{split}-{i:05d}" for i in range(len(cifar10.data))]
         return Source(path, names, np.array(cifar10.targets, np.int64), 10, _ReadArray(cifar10.data))
     try:
         folder = ImageFolder(path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
             f"{path} is neither a ZIP file nor CIFAR-10 nor a folder with a subfolder of images for each class "
             f"({str(error).rstrip('.')}); give the path of one of these."
