@@ -94,8 +94,8 @@ def main() -> None:
         record = max(checkpoint.parent.glob("last_*.json"), key=lambda p: p.stat().st_mtime)
         for made in json.loads(record.read_text())["runs"]:
             measured[name, made["nfe"]] = made["fd_classifier"]
-            samples = np.load(checkpoint.parent / f"last_fd_classifier_held_out_nfe{made['nfe']}_seed0.npz")["arr_0"]
-            images = torch.from_numpy(samples).permute(0, 3, 1, 2)
+            samples = max(checkpoint.parent.glob(f"last_*_nfe{made['nfe']}_*.npz"), key=lambda p: p.stat().st_mtime)
+            images = torch.from_numpy(np.load(samples)["arr_0"]).permute(0, 3, 1, 2)
             training_half[name, made["nfe"]] = to_training_half(images, classifier)
     figures = {
         row: {"fd": measured[key], "fd_training_half": training_half[key], "nfe": key[1]} for row, key in ROWS.items()

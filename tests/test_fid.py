@@ -245,7 +245,7 @@ def test_every_setting_is_the_test_of_that_setting(make_net, quiet, tmp_path, ex
     assert (module.times, module.guidance_scale, module.seed) == (two, 1.0, 7)
     assert module.trainer.datamodule.test_passes == 1
     (path,) = together.glob("*.json")
-    assert path.stem == "model_fd_classifier_train_nfe1-2_guidance1.0-1.5_seed0-1"
+    assert path.stem == "model_fd_classifier_train_n200_nfe1-2_t1.1_guidance1-1.5_seed0-1"
 
 
 def test_one_table_is_printed(model, quiet, tmp_path, extractor, capsys):
@@ -360,9 +360,9 @@ def test_samples_are_kept_on_request(model, quiet, tmp_path, extractor, kind):
     """Every sample of every setting, the model's, under its index."""
     evaluate(model, quiet, tmp_path, extractor, n=70, seeds=[0, 1], save=kind)
     for seed in (0, 1):
-        path = tmp_path / f"model_fd_classifier_train_nfe2_seed{seed}"
+        path = tmp_path / f"model_fd_classifier_train_n70_nfe2_t1.1_seed{seed}"
         if kind == "npz":
-            with np.load(path.with_suffix(".npz")) as file:
+            with np.load(f"{path}.npz") as file:
                 saved = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
             assert [p for p in tmp_path.iterdir() if p.suffix == ".npy"] == []
         else:

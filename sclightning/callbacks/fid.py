@@ -283,13 +283,19 @@ class FIDEvaluation(L.Callback):
         return table
 
     def _path(self, trainer: L.Trainer, runs: Sequence[dict[str, Any]]) -> Path:
-        """Where a result goes: checkpoint, distance, reference and the range of the settings, without suffix."""
+        """Where a result goes: checkpoint, distance, reference, samples, range of the settings; without suffix."""
         checkpoint = Path(trainer.ckpt_path or Path(trainer.default_root_dir) / "model.ckpt")
-        name = f"{checkpoint.stem}_{self.key}_{Path(self.measures[0].reference).stem}"
-        for label, key in (("nfe", "nfe"), ("guidance", "guidance_scale"), ("seed", "seed")):
-            values = sorted({run[key] for run in runs} - {None})
-            if values:
-                name += f"_{label}{values[0]}" + (f"-{values[-1]}" if len(values) > 1 else "")
+        name = f"{checkpoint.stem}_{self.key}_{Path(self.measures[0].reference).stem}_n{self._num_samples}"
+        settings = {
+            "nfe": {run["nfe"] for run in runs},
+            "t": {time for run in runs for time in (run["times"] or ())[1:]},
+            "guidance": {run["guidance_scale"] for run in runs} - {None},
+            "seed": {run["seed"] for run in runs},
+        }
+        for label, values in settings.items():
+            ends = [min(values), max(values)] if len(values) > 1 else [*values]
+            if ends:
+                name += f"_{label}" + "-".join(f"{end:.4g}" if isinstance(end, float) else str(end) for end in ends)
         return checkpoint.parent / (name + "_search" * (self.search is not None))
 
 
