@@ -227,7 +227,7 @@ def save_pipeline(model: Generator, folder: Path) -> float:
 
 
 def save_program(model: Generator, folder: Path) -> float:
-    """Write ``generator.pt2``, one step at any batch size that the network takes; gives the largest difference of samples."""
+    """Write ``generator.pt2``, one step at any batch size it takes; gives the largest difference of samples."""
     noise, conditions = trial(model, 2, explicit=True)
     for largest in (None, 63):  # diffusers' U-Nets take another branch from 64 images on
         batch = torch.export.Dim("batch", min=1, max=largest)

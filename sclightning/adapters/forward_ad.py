@@ -123,9 +123,9 @@ def time_warnings(network: nn.Module) -> list[str]:
     for name, module in network.named_modules():
         if "fourier" in type(module).__name__.lower():
             found.append(
-                f"In the student, {_title(name, module)} embeds the time in Fourier features, with which sCM is unstable "
-                "(Sec. 4.1); start from a network with a positional embedding of t, as load_edm and load_edm2 of "
-                "sclightning.backbones make."
+                f"In the student, {_title(name, module)} embeds the time in Fourier features, with which sCM is "
+                "unstable (Sec. 4.1); start from a network with a positional embedding of t, as load_edm and "
+                "load_edm2 of sclightning.backbones fill."
             )
         if isinstance(module, VelocityAdapter):
             span = time_span(module.process, module.sigma_data)
