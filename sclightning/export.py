@@ -1,6 +1,7 @@
 """A consistency model as files that others load: safetensors, a diffusers pipeline, a ``torch.export`` program."""
 
 import json
+import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from sclightning.adapters import load_diffusers, load_edm, load_edm2, load_weights
+from sclightning.adapters.diffusers_model import configs
 from sclightning.checkpoint import backbone_weights, build_backbone, read_checkpoint
+from sclightning.modules.consistency import load_backbone
 from sclightning.provenance import is_non_commercial, notice
 from sclightning.sampling import consistency, sample_noise
 
@@ -20,6 +24,9 @@ except ImportError as error:
     raise ImportError(
         "Exporting needs huggingface_hub and safetensors; pip install 'sclightning[diffusers]'."
     ) from error
+
+WEIGHTS = {load_weights: "weights", load_edm: "weights", load_edm2: "weights", load_backbone: "checkpoint"}
+"""Functions that fill a network -> their argument without which it stays empty."""
 
 Format = Literal["safetensors", "diffusers", "torch_export"]
 
@@ -54,11 +61,12 @@ class Generator(nn.Module, PyTorchModelHubMixin, library_name="sclightning"):
         super().__init__()
         self.backbone = build_backbone(backbone)
         if shape is None:
-            if not (hasattr(self.backbone, "in_channels") and hasattr(self.backbone, "resolution")):
+            size = [getattr(self.backbone, name, None) for name in ("in_channels", "resolution")]
+            if not all(isinstance(number, int) for number in size):
                 raise ValueError(
                     f"{type(self.backbone).__name__} does not tell its images' shape; give shape (C, H, W)."
                 )
-            shape = (self.backbone.in_channels, self.backbone.resolution, self.backbone.resolution)
+            shape = (size[0], size[1], size[1])
         self.config = {
             "backbone": backbone,
             "shape": list(shape),
@@ -128,7 +136,7 @@ def export(
     """
     checkpoint = read_checkpoint(ckpt_path)
     told = checkpoint.get("hyper_parameters", {})
-    description = backbone or told.get("backbone")
+    description = without_files(backbone or told.get("backbone"))
     if description is None:
         raise ValueError(f"{ckpt_path} does not say which network it holds; give --backbone its class_path, init_args.")
     if "times" not in told:
@@ -153,14 +161,38 @@ def export(
             "--backbone as it was trained."
         ) from error
 
+    noise, conditions = trial(model, 3)
+    try:
+        model.sample(noise, **conditions)
+    except Exception as error:
+        raise ValueError(
+            f"The network of {ckpt_path} makes no samples of noise and class labels alone "
+            f"({str(error).strip().partition(chr(10))[0]}), and only such networks are exported."
+        ) from error
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
+    if sentence := notice(model.config["provenance"]):
+        print(sentence)
     write = {"safetensors": save_safetensors, "diffusers": save_pipeline, "torch_export": save_program}
     for name in formats:
         difference = write[name](model, out)
         print(f"Wrote {name} to {out}; its samples differ from the model's by {difference:.1e} at most.")
-    if sentence := notice(model.config["provenance"]):
-        print(sentence)
+
+
+def without_files(description: Any) -> Any:
+    """A network's description with what its loaders read from disk left out or written in: it builds anywhere."""
+    if not isinstance(description, dict):
+        return description
+    description = {key: without_files(value) for key, value in description.items()}
+    if "class_path" not in description:
+        return description
+    loader, given = pkgutil.resolve_name(description["class_path"]), description.get("init_args", {})
+    if loader is load_diffusers and not isinstance(given["folder"], dict):
+        read = configs(given["folder"], given.get("scheduler"))
+        given |= {"folder": read, "scheduler": None, "null_conditions": None}
+    elif loader in WEIGHTS:
+        given[WEIGHTS[loader]] = None
+    return description
 
 
 def save_safetensors(model: Generator, folder: Path) -> float:
@@ -195,17 +227,21 @@ def save_pipeline(model: Generator, folder: Path) -> float:
 
 
 def save_program(model: Generator, folder: Path) -> float:
-    """Write ``generator.pt2``, one step at any batch size; gives the largest difference of samples."""
+    """Write ``generator.pt2``, one step at any batch size it takes; gives the largest difference of samples."""
     noise, conditions = trial(model, 2, explicit=True)
-    batch = torch.export.Dim("batch", min=1)
-    dynamic = {name: {0: batch} for name in ("noise", *conditions)}
-    try:
-        program = torch.export.export(model, (noise[0],), conditions, dynamic_shapes=dynamic)
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+    for largest in (None, 63):  # diffusers' U-Nets take another branch from 64 images on
+        batch = torch.export.Dim("batch", min=1, max=largest)
+        dynamic = {name: {0: batch} for name in ("noise", *conditions)}
+        try:
+            program = torch.export.export(model, (noise[0],), conditions, dynamic_shapes=dynamic)
+            break
+        except Exception as error:
+            failure = error
+    else:
+        reason = str(failure).strip().partition("\n")[0]
         raise RuntimeError(
             f"torch.export cannot trace {type(model.backbone).__name__} ({reason}); leave it out of --formats."
-        ) from error
+        ) from failure
     path = folder / "generator.pt2"
     torch.export.save(program, path, extra_files={"config.json": json.dumps(model.config)})
     noise, conditions = trial(model, 3, explicit=True)

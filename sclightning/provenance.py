@@ -16,8 +16,9 @@ Record = dict[str, str | None]
 
 
 def recorded(module: nn.Module) -> list[Record]:
-    """Records of a module and of everything inside it."""
-    return merge(*([m.provenance] for m in module.modules() if isinstance(getattr(m, "provenance", None), dict)))
+    """Records of a module and of everything inside it; a checkpoint's network has a list of them."""
+    found = [getattr(m, "provenance", None) for m in module.modules()]
+    return merge(*([p] if isinstance(p, dict) else p for p in found if p))
 
 
 def of_checkpoint(path: str) -> list[Record]:

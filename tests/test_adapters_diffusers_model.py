@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from sclightning.adapters import Guided, check_forward_ad, enable_forward_ad, load_diffusers
 from sclightning.modules import ConsistencyDistillation, TrigFlowDiffusion
+from sclightning.provenance import notice
 from sclightning.sampling import ddim, heun
 from sclightning.trigflow import denoise
 
@@ -345,6 +346,11 @@ def test_provenance(unet, tmp_path):
     expected["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert load_diffusers(folder, sigma_data=0.5).provenance == expected
     assert load_diffusers(folder, sigma_data=0.5, licence="mit").provenance["licence"] == "mit"
+    inside = load_diffusers(f"{folder}/unet", sigma_data=0.5, scheduler=f"{folder}/scheduler")
+    assert inside.provenance == expected
+    card = "---\nlicense: other\nlicense_name: flux-1-dev-non-commercial-license\n---\n"  # how the Hub says it
+    (tmp_path / "ddpm-digits" / "README.md").write_text(card)
+    assert notice([load_diffusers(folder, sigma_data=0.5).provenance])
 
 
 def test_model_and_scheduler_in_their_own_folders(unet, tmp_path):

@@ -228,7 +228,7 @@ def test_a_fit_starts_with_the_check(inputs, quiet, tmp_path):
     host = Host()
     host.register_forward_hook(lambda *_: evaluations.append(1))
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="The student's")
+        warnings.filterwarnings("error", message="In the student")
         L.Trainer(**quiet, max_steps=2, default_root_dir=tmp_path).fit(ConsistencyTraining(host), data)
     assert len(evaluations) == 10 + 2  # two jvps and four ends of differences for each, then one evaluation a step
     adapter = VelocityAdapter(Host(), FlowMatching(1000.0), "flow", 0.5)

@@ -78,7 +78,9 @@ def test_configs_of_adapters(tmp_path, monkeypatch):
         Path("run.yaml").write_text(yaml.safe_dump(config))
         teachers.append(SCLightningCLI(["--config", "run.yaml"], run=False).model.teacher)
     assert [type(teacher) for teacher in teachers] == [VelocityAdapter] * 4 + [Guided]
-    assert [teacher.provenance["licence"] for teacher in teachers] == [None, *["CC-BY-NC-SA-4.0"] * 2, "MIT", None]
+    from sclightning.provenance import recorded
+
+    assert [recorded(teacher)[0]["licence"] for teacher in teachers] == [None, *["CC-BY-NC-SA-4.0"] * 2, "MIT", None]
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 1.2])
     for teacher in (*teachers[:3], teachers[4].network):
         assert teacher(x, t).isfinite().all()

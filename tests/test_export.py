@@ -19,9 +19,12 @@ from conftest import TINY, PlainNet
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
+from sclightning.adapters import load_diffusers
+from sclightning.checkpoint import build_backbone
 from sclightning.cli import main
-from sclightning.export import Generator, compare, export, model_card
+from sclightning.export import Generator, compare, export, model_card, without_files
 from sclightning.modules import ConsistencyDistillation, ConsistencyTraining, TrigFlowDiffusion
+from sclightning.pipeline import SCMPipeline
 from sclightning.sampling import sample_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -63,6 +66,13 @@ class Restless(PlainNet):
 
     def forward(self, x, t):
         return super().forward(x, t) * self.factor
+
+
+class Needy(PlainNet):
+    """A network that needs more than a label."""
+
+    def forward(self, x, t, label=None):
+        return super().forward(x, t) * label["text"]
 
 
 load = L.LightningModule.load_from_checkpoint
@@ -195,6 +205,62 @@ def test_card_without_licences_names_none():
     assert yaml.safe_load(mit.split("---")[1])["license_name"] == "CC BY-NC-SA 4.0"  # the stricter of the two
 
 
+# --- Students that start from files -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_export_of_a_diffusers_student_needs_no_file_of_its_teacher(tmp_path, labelled):
+    """Its config, not its folder, is in the export; labels are an input; every file makes the run's samples."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    options = {"num_attention_heads": 2, "attention_head_dim": 4, "in_channels": 1, "num_layers": 1, "sample_size": 8}
+    unet = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8,), "norm_num_groups": 4}
+    unet |= {"layers_per_block": 1, "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    network = diffusers.DiTTransformer2DModel(**options) if labelled else diffusers.UNet2DModel(**unet)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # DiT starts at zero
+    network.save_pretrained(tmp_path / "pretrained/unet")
+    diffusers.DDPMScheduler().save_pretrained(tmp_path / "pretrained/scheduler")
+    given = {"folder": str(tmp_path / "pretrained"), "sigma_data": 0.5, "student": True}
+    module = ConsistencyTraining(load_diffusers(**given), sigma_data=0.5)
+    label = torch.tensor([3, 1, 2]) if labelled else None
+    expected, path = module.sample(range(3), (1, 8, 8), label), save(module, tmp_path / "x.ckpt")
+    backbone = {"class_path": "sclightning.adapters.load_diffusers", "init_args": given}
+    export(ckpt_path=path, folder=str(tmp_path / "out"), backbone=backbone)
+
+    (tmp_path / "pretrained").rename(tmp_path / "gone")
+    noise, out = sample_noise(range(3), (1, 8, 8), 2), tmp_path / "out"
+    model = Generator.from_pretrained(out).eval()
+    assert torch.equal(model.sample(noise, label), expected)
+    pipeline = SCMPipeline.from_pretrained(out / "pipeline")
+    assert torch.equal(pipeline(noise=noise, class_labels=label, output_type="latent").images, expected)
+    program = torch.export.load(out / "generator.pt2").module()
+    given = {"label": label} if labelled else {}
+    torch.testing.assert_close(program(noise[0], **given), model(noise[0], **given), rtol=1e-4, atol=1e-5)
+
+
+def test_descriptions_without_files():
+    """Every loader of this package is described so that its network is built where its file is not."""
+    inner = {"class_path": "sclightning.backbones.DDPMpp", "init_args": TINY | {"double_norm": False}}
+    edm2 = {"class_path": "sclightning.backbones.EDM2"}
+    edm2["init_args"] = {"resolution": 8, "in_channels": 1, "channels": 16, "channel_mult": [1], "num_blocks": 1}
+    edm2["init_args"]["head_channels"] = 16
+    for loader, given in (
+        ("load_weights", {"network": inner, "weights": "gone.pt"}),
+        ("load_edm", {"network": inner, "weights": "gone.pt"}),
+        ("load_edm2", {"network": edm2, "weights": "gone.pt"}),
+        ("load_backbone", {"backbone": inner, "checkpoint": "gone.ckpt"}),
+    ):
+        module = "modules.consistency" if loader == "load_backbone" else "adapters"
+        description = {"class_path": f"sclightning.{module}.{loader}", "init_args": given}
+        around = {"network": description, "process": {"class_path": "sclightning.adapters.EDM"}}
+        around |= {"prediction": "trigflow", "sigma_data": 0.5}
+        nested = {"class_path": "sclightning.adapters.VelocityAdapter", "init_args": around}
+        x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 1.0])
+        assert build_backbone(without_files(nested))(x, t).shape == x.shape
+        assert "gone" in str(description) and "gone" not in str(without_files(description))
+
+
 # --- The check can fail -----------------------------------------------------------------------------------------------
 
 
@@ -228,6 +294,7 @@ def test_refusals_are_sentences(make_plain_net, make_net, student, tmp_path, cap
     python = save(ConsistencyTraining(make_plain_net(), sigma_data=0.5), tmp_path / "python.ckpt")
     teacher = save(TrigFlowDiffusion(make_plain_net(), sigma_data=0.5), tmp_path / "teacher.ckpt")
     plain = '--backbone={"class_path": "conftest.PlainNet"}'
+    needy = '--backbone={"class_path": "test_export.Needy"}'
     (tmp_path / "no.ckpt").write_bytes(b"")
     torch.save({"weights": 1}, tmp_path / "no.ckpt")
     for match, args in (
@@ -236,6 +303,7 @@ def test_refusals_are_sentences(make_plain_net, make_net, student, tmp_path, cap
         ("does not say which network it holds; give --backbone", ["--ckpt_path", python]),
         ("holds no consistency model", ["--ckpt_path", teacher, plain]),
         ("PlainNet does not tell its images' shape; give shape", ["--ckpt_path", python, plain]),
+        ("makes no samples of noise and class labels alone", ["--ckpt_path", python, needy, "--shape=[1,8,8]"]),
         ("are not those of conftest.PlainNet", ["--ckpt_path", str(student.ckpt), plain, "--shape=[1,8,8]"]),
     ):
         with pytest.raises(SystemExit):

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from sclightning.adapters import Guided
 from sclightning.data import DigitsDataModule
 from sclightning.modules import ConsistencyDistillation, ConsistencyTraining, TrigFlowDiffusion
+from sclightning.modules.consistency import load_backbone
 from sclightning.provenance import is_non_commercial, merge, notice, of_checkpoint, recorded
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -61,6 +63,16 @@ def test_teacher_with_its_own_weights(make_net, fit):
     path = fit(module, "student.ckpt")
     assert provenance(path) == [EDM, GUIDE]
     assert ConsistencyDistillation.load_from_checkpoint(path, backbone=make_net()).provenance == [EDM, GUIDE]
+
+
+def test_teacher_and_guide_out_of_checkpoints(make_net, fit):
+    """The licence that a checkpoint carries passes through ``load_backbone``; a network of our own has no record."""
+    first = TrigFlowDiffusion(make_net(), sigma_data=0.752)
+    first.backbone.provenance = EDM
+    path = fit(first, "first.ckpt")
+    teacher = Guided(make_net(), scale=1.5, guide=load_backbone(make_net(), str(path)))
+    student = fit(ConsistencyDistillation(make_net(), teacher=teacher, sigma_data=0.752), "student.ckpt")
+    assert [record["sha256"] for record in provenance(student)] == [sha256(path), EDM["sha256"]]
 
 
 def test_resuming_keeps_the_record(make_net, fit):

@@ -5,8 +5,10 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from sclightning.adapters.operators import enable_forward_ad
@@ -15,6 +17,7 @@ from sclightning.adapters.velocity import Prediction, VelocityAdapter
 from sclightning.adapters.weights import provenance, read_state_dict
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
+PARTS = ("unet", "transformer")
 
 
 class DiffusersNetwork(nn.Module):
@@ -37,6 +40,10 @@ class DiffusersNetwork(nn.Module):
         for name, value in (null_conditions or {}).items():
             self.register_buffer(f"null_{name}", value, persistent=False)
         self._accepted = list(inspect.signature(model.forward).parameters)
+        config = model.config
+        self.in_channels, self.resolution = config.in_channels, config.get("sample_size")
+        classes = config.get("num_embeds_ada_norm") or config.get("num_class_embeds") or 0
+        self.num_classes = classes if "class_labels" in self._accepted else 0
 
     def forward(
         self,
@@ -75,15 +82,15 @@ class DiffusersNetwork(nn.Module):
             return dict(label)
         if self.null_names and label is None:
             rows = {name: getattr(self, f"null_{name}") for name in self.null_names}
-            return {name: row.expand(len(x), *row.shape[1:]) for name, row in rows.items()}
+            return {name: row.expand(x.shape[0], *row.shape[1:]) for name, row in rows.items()}
         if self.null_label is not None:
-            none = torch.full((len(x),), self.null_label, device=x.device)
+            none = torch.full((x.shape[0],), self.null_label, device=x.device)  # len(x) would be traced as a constant
             return {"class_labels": none if label is None else torch.where(label < 0, none, label)}
         return {} if label is None else {"class_labels": label}
 
 
 def load_diffusers(
-    folder: str,
+    folder: str | dict[str, Any],
     sigma_data: float,
     scheduler: str | None = None,
     null_label: int | None = None,
@@ -98,7 +105,8 @@ def load_diffusers(
     matching, or EDM. The way they step does not matter here.
 
     Args:
-        folder: A pipeline's folder (``unet`` or ``transformer`` and ``scheduler`` in it), or the model's own.
+        folder: A pipeline's folder (``unet`` or ``transformer`` and ``scheduler`` in it), or the model's own. What
+            :func:`configs` read of it gives the network without its weights, for those of an export.
         sigma_data: Standard deviation of the data as the network saw them: about 0.5 for images in [-1, 1], about 1 for
             latents times their ``scaling_factor``.
         scheduler: The scheduler's folder; ``folder/scheduler`` if not given.
@@ -118,30 +126,24 @@ def load_diffusers(
         import diffusers
     except ImportError:
         raise ImportError(
-            f"Loading {folder} needs diffusers, which is not installed: pip install 'sclightning[diffusers]'."
+            "A model of diffusers needs diffusers, which is not installed: pip install 'sclightning[diffusers]'."
         ) from None
-    root = Path(folder)
-    path = next((p for p in (root, root / "unet", root / "transformer") if (p / "config.json").is_file()), None)
-    if path is None:
-        raise FileNotFoundError(
-            f"There is no model of diffusers at {folder}; give the folder that save_pretrained wrote, which holds "
-            "config.json or a folder unet or transformer."
-        )
-    schedule = Path(scheduler) if scheduler else root / "scheduler"
-    if not (schedule / "scheduler_config.json").is_file():
-        raise FileNotFoundError(
-            f"There is no scheduler_config.json in {schedule}; give the folder of the scheduler that the model was "
-            "trained with as scheduler."
-        )
-    process, prediction = _process(diffusers, schedule, sigma_data, time_scale)
-    name = json.loads((path / "config.json").read_text())["_class_name"]
-    model = getattr(diffusers, name).from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False)
+    source = {}
+    if isinstance(folder, dict):
+        model = _named(diffusers, folder["model"]).from_config(folder["model"])
+    else:
+        path, folder = _model_folder(folder), configs(folder, scheduler)
+        model = _named(diffusers, folder["model"]).from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False)
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+        root = path.parent if path.name in PARTS else path
+        source = provenance(files, root.resolve().name, licence or _licence(root)) | {"source": str(root)}
+    process, prediction = _process(diffusers, folder["scheduler"], sigma_data, time_scale)
     if model.config.get("time_embedding_type") == "learned":
         raise ValueError(
-            f"{folder} looks its time up in a table (time_embedding_type: learned), which has no value between two "
-            "steps; use a model with a positional embedding."
+            f"This {type(model).__name__} looks its time up in a table (time_embedding_type: learned), which has no "
+            "value between two steps; use a model with a positional embedding."
         )
-    if name == "DiTTransformer2DModel" and null_label is None:
+    if type(model).__name__ == "DiTTransformer2DModel" and null_label is None:
         null_label = model.config.num_embeds_ada_norm
     for module in model.modules():
         if type(module).__name__ == "LabelEmbedding":
@@ -149,35 +151,72 @@ def load_diffusers(
     if student:
         enable_forward_ad(model).train()
     network = DiffusersNetwork(model, null_label, read_state_dict(null_conditions) if null_conditions else None)
-    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-    source = provenance(files, root.name, licence or _licence(root)) | {"source": str(root)}
     return VelocityAdapter(network, process, prediction, sigma_data, source)
 
 
-def _process(diffusers, folder: Path, sigma_data: float, time_scale: float) -> tuple[nn.Module, Prediction]:
-    """Process and prediction of a saved scheduler."""
-    config = json.loads((folder / "scheduler_config.json").read_text())
+def configs(folder: str, scheduler: str | None = None) -> dict[str, Any]:
+    """The configs of a saved model and its scheduler, all that :func:`load_diffusers` needs for its architecture.
+
+    Args:
+        folder: A pipeline's folder, or the model's own.
+        scheduler: The scheduler's folder; ``folder/scheduler`` if not given.
+
+    Raises:
+        FileNotFoundError: If a config is missing.
+    """
+    path = _model_folder(folder)
+    schedule = Path(scheduler) if scheduler else Path(folder) / "scheduler"
+    if not (schedule / "scheduler_config.json").is_file():
+        raise FileNotFoundError(
+            f"There is no scheduler_config.json in {schedule}; give the folder of the scheduler that the model was "
+            "trained with as scheduler."
+        )
+    files = {"model": path / "config.json", "scheduler": schedule / "scheduler_config.json"}
+    read = {part: json.loads(file.read_text()) for part, file in files.items()}
+    return {part: {k: v for k, v in config.items() if k != "_name_or_path"} for part, config in read.items()}
+
+
+def _model_folder(folder: str) -> Path:
+    root = Path(folder)
+    path = next((p for p in (root, *(root / part for part in PARTS)) if (p / "config.json").is_file()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"There is no model of diffusers at {folder}; give the folder that save_pretrained wrote, which holds "
+            "config.json or a folder unet or transformer."
+        )
+    return path
+
+
+def _named(diffusers, config: dict[str, Any]) -> type:
+    return getattr(diffusers, config["_class_name"])
+
+
+def _process(diffusers, config: dict, sigma_data: float, time_scale: float) -> tuple[nn.Module, Prediction]:
+    """Process and prediction of a scheduler's config."""
     name, kind = config["_class_name"], config.get("prediction_type", "epsilon")
     if "FlowMatch" in name or kind == "flow_prediction" or config.get("use_flow_sigmas"):
         return FlowMatching(time_scale * config.get("num_train_timesteps", 1000)), "flow"
-    scheduler = getattr(diffusers, name).from_pretrained(folder, local_files_only=True)
+    scheduler = _named(diffusers, config).from_config(config)
     if name.startswith("EDM"):
         if scheduler.config.sigma_data != sigma_data:
             raise ValueError(
-                f"The scheduler in {folder} has sigma_data={scheduler.config.sigma_data}, and sigma_data={sigma_data} "
+                f"The {name} of the model has sigma_data={scheduler.config.sigma_data}, and sigma_data={sigma_data} "
                 "was given; give the scheduler's."
             )
         return EDM(time_scale), "edm" if kind == "epsilon" else "trigflow"
     if not hasattr(scheduler, "alphas_cumprod") or kind not in PREDICTIONS:
         raise ValueError(
-            f"The scheduler in {folder} is a {name} with prediction_type {kind}, which no adapter knows; wrap the "
+            f"The scheduler is a {name} with prediction_type {kind}, which no adapter knows; wrap the "
             "network in sclightning.adapters.VelocityAdapter with a process of yours."
         )
     return VariancePreserving(scheduler.alphas_cumprod.tolist(), time_scale), PREDICTIONS[kind]
 
 
 def _licence(folder: Path) -> str | None:
-    """The licence in the front matter of a model card."""
+    """The licence in the front matter of a model card; its name where the Hub knows it as "other" only."""
     card = folder / "README.md"
-    found = re.search(r"\A---\n.*?^license:\s*(\S+).*?^---", card.read_text(), re.M | re.S) if card.is_file() else None
-    return found.group(1) if found else None
+    found = re.search(r"\A---\n(.*?)^---", card.read_text(), re.M | re.S) if card.is_file() else None
+    head = yaml.safe_load(found.group(1)) if found else {}
+    licence = head.get("license_name") if head.get("license") in ("other", None) else None
+    licence = licence or head.get("license")
+    return None if licence is None else str(licence)

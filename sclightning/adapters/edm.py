@@ -36,13 +36,14 @@ class FourierEmbedding(nn.Module):
 
 
 def load_edm(
-    network: DDPMpp, weights: str, sigma_data: float = 0.5, name: str = "EDM", licence: str = LICENCE
+    network: DDPMpp, weights: str | None, sigma_data: float = 0.5, name: str = "EDM", licence: str = LICENCE
 ) -> VelocityAdapter:
     """Make a teacher of a published EDM network of DDPM++ architecture (``edm-cifar10-32x32-*-vp``).
 
     Args:
         network: DDPM++ of its size with ``double_norm: false``; the default size is that of CIFAR-10.
         weights: Its state dict, ``.safetensors`` or ``.pt``; ``docs/adapters.md`` shows how to make one of the pickle.
+            With None only the architecture.
         sigma_data: Standard deviation of the data that it was trained with.
         name: Name of the model in its provenance.
         licence: Licence of the weights.
@@ -50,18 +51,21 @@ def load_edm(
     Raises:
         ValueError: If the weights are those of another network.
     """
+    if weights is None:
+        return VelocityAdapter(network, EDM(), "trigflow", sigma_data)
     _fill(network, network.load_edm(read_state_dict(weights)), set())
     return VelocityAdapter(network, EDM(), "trigflow", sigma_data, provenance([weights], name, licence))
 
 
 def load_edm2(
-    network: EDM2, weights: str, sigma_data: float = 0.5, name: str = "EDM2", licence: str = LICENCE
+    network: EDM2, weights: str | None, sigma_data: float = 0.5, name: str = "EDM2", licence: str = LICENCE
 ) -> VelocityAdapter:
     """Make a teacher of a published EDM2 network (``edm2-img512-*``, ``edm2-img64-*``).
 
     Args:
         network: EDM2 of its size with ``double_norm: false``; its time embedding is replaced by the published one.
         weights: Its state dict, ``.safetensors`` or ``.pt``; ``docs/adapters.md`` shows how to make one of the pickle.
+            With None only the architecture.
         sigma_data: Standard deviation of the data that it was trained with.
         name: Name of the model in its provenance.
         licence: Licence of the weights.
@@ -69,6 +73,9 @@ def load_edm2(
     Raises:
         ValueError: If the weights are those of another network.
     """
+    if weights is None:
+        network.time_embedding = FourierEmbedding(*torch.zeros(2, network.time_linear.weight.shape[1]))
+        return VelocityAdapter(network, EDM(), "trigflow", sigma_data)
     state = {key.removeprefix("unet."): value for key, value in read_state_dict(weights).items()}
     _fill(network, network.load_edm2(state), {"time_linear.weight"})
     missing = {"emb_noise.weight", "emb_fourier.freqs", "emb_fourier.phases"} - state.keys()

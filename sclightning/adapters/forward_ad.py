@@ -123,15 +123,15 @@ def time_warnings(network: nn.Module) -> list[str]:
     for name, module in network.named_modules():
         if "fourier" in type(module).__name__.lower():
             found.append(
-                f"The student's {_title(name, module)} embeds the time in Fourier features, with which sCM is unstable "
-                "(Sec. 4.1); start from a network with a positional embedding of t, as load_edm and load_edm2 of "
-                "sclightning.backbones make."
+                f"In the student, {_title(name, module)} embeds the time in Fourier features, with which sCM is "
+                "unstable (Sec. 4.1); start from a network with a positional embedding of t, as load_edm and "
+                "load_edm2 of sclightning.backbones fill."
             )
         if isinstance(module, VelocityAdapter):
             span = time_span(module.process, module.sigma_data)
             if span > 20:
                 found.append(
-                    f"The student's {_title(name, module)} shows its network times that span {span:.0f}, with which "
+                    f"In the student, {_title(name, module)} shows its network times that span {span:.0f}, with which "
                     "sCM's tangent explodes; give time_scale=0.001 and fine-tune it as a TrigFlowDiffusion first (docs/"
                     "adapters.md)."
                 )

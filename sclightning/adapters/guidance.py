@@ -85,9 +85,6 @@ class Guided(nn.Module):
         self.network, self.scale, self.interval = network, scale, interval
         self.guide = None if guide is None else guide.eval().requires_grad_(False)
         self.guide_label = guide_label
-        self.provenance = dict(getattr(network, "provenance", {}))
-        if getattr(guide, "provenance", None):
-            self.provenance["guide"] = guide.provenance
 
     def forward(
         self, x: Tensor, t: Tensor, label: Tensor | Mapping[str, Tensor] | None = None, guidance: Tensor | None = None

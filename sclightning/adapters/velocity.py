@@ -95,6 +95,9 @@ class VelocityAdapter(nn.Module):
             estimates(prediction, *[torch.ones(1)] * 4, sigma_data)  # raises
         self.network, self.process, self.prediction, self.sigma_data = network, process, prediction, sigma_data
         self.provenance = dict(provenance or getattr(network, "provenance", {}))
+        for name in ("in_channels", "resolution", "num_classes", "guidance"):  # what an export asks a backbone
+            if hasattr(network, name):
+                setattr(self, name, getattr(network, name))
 
     def forward(
         self, x: Tensor, t: Tensor, label: Tensor | Mapping[str, Tensor] | None = None, guidance: Tensor | None = None

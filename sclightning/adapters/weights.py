@@ -57,12 +57,14 @@ def provenance(paths: Sequence[Path | str], name: str, licence: str | None) -> d
     return {"name": name, "licence": licence, "sha256": digest.hexdigest(), "source": str(paths[0])}
 
 
-def load_weights(network: nn.Module, weights: str, name: str | None = None, licence: str | None = None) -> nn.Module:
+def load_weights(
+    network: nn.Module, weights: str | None, name: str | None = None, licence: str | None = None
+) -> nn.Module:
     """Fill a network from a file of tensors whose names are its own.
 
     Args:
         network: Network to fill.
-        weights: A ``.safetensors`` file, or a ``.pt`` file of a plain state dict.
+        weights: A ``.safetensors`` file, or a ``.pt`` file of a plain state dict; with None the network stays as it is.
         name: Name of the model in its provenance; the file's if not given.
         licence: Licence of the weights.
 
@@ -72,6 +74,8 @@ def load_weights(network: nn.Module, weights: str, name: str | None = None, lice
     Raises:
         ValueError: If the names or shapes are not the network's.
     """
+    if weights is None:
+        return network
     state = read_state_dict(weights)
     own = network.state_dict()
     wrong = [k for k in {**own, **state} if k not in own or k not in state or own[k].shape != state[k].shape]

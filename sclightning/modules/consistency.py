@@ -12,9 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from sclightning.adapters import Guided, check_forward_ad
+from sclightning.checkpoint import backbone_weights, read_checkpoint
 from sclightning.modules.base import TrigFlowModule
 from sclightning.objective import ConsistencyLoss, Normalization, consistency_loss
-from sclightning.provenance import merge, of_checkpoint
+from sclightning.provenance import merge, of_checkpoint, recorded
 from sclightning.sampling import T_MAX, consistency
 from sclightning.trigflow import interpolate, velocity
 
@@ -62,7 +63,6 @@ class ConsistencyModel(TrigFlowModule):
         super().setup(stage)
         if stage == "fit" and self.teacher_checkpoint is not None:
             load_backbone(self.backbone, self.teacher_checkpoint)
-            self.provenance = merge(self.provenance, of_checkpoint(self.teacher_checkpoint))
 
     def on_train_batch_start(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Look at the first batch whether forward-mode AD passes the network and is right about it."""
@@ -264,10 +264,11 @@ class ConsistencyDistillation(ConsistencyModel):
         self.save_hyperparameters(ignore=["backbone", "teacher", "optimizer", "lr_scheduler"])
         self.teacher, self.guidance_range = teacher, guidance_range
         if teacher is not None:
-            provenance = getattr(teacher, "provenance", None)
-            if provenance and teacher_checkpoint is not None:
+            network = teacher.network if isinstance(teacher, Guided) else teacher
+            found = recorded(network)
+            if found and teacher_checkpoint is not None:
                 raise ValueError(
-                    f"There are two teachers, the weights from {provenance.get('source')} in model.init_args.teacher "
+                    f"There are two teachers, the weights from {found[0].get('source')} in model.init_args.teacher "
                     f"and model.init_args.teacher_checkpoint={teacher_checkpoint}; leave one of them out."
                 )
             if {*map(id, teacher.parameters())} & {*map(id, backbone.parameters())}:
@@ -343,32 +344,29 @@ def _miss_no_teacher(module: nn.Module, incompatible: Any) -> None:
     incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not name.startswith("teacher.")]
 
 
-def load_backbone(backbone: nn.Module, checkpoint: str) -> nn.Module:
+def load_backbone(backbone: nn.Module, checkpoint: str | None) -> nn.Module:
     """Load the backbone's weights out of a checkpoint of a module: the averaged ones where it was trained with EMA.
 
     Args:
         backbone: Network to fill. Parameters of a guidance input, which the checkpoint may lack, stay as they are.
-        checkpoint: Path of a Lightning checkpoint.
+        checkpoint: Path of a Lightning checkpoint, a file or a folder of shards; with None the network stays as it is.
 
     Returns:
-        ``backbone``, so that this function can be a ``class_path`` of a config.
+        ``backbone``, so that this function can be a ``class_path`` of a config, with the attribute ``provenance``: the
+        checkpoint's record and those in it.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the checkpoint is a folder of shards or holds another network.
+        ValueError: If the checkpoint holds another network.
     """
-    if Path(checkpoint).is_dir():
-        raise ValueError(
-            f"The teacher checkpoint {checkpoint} is a folder of shards; make a file of it with python -m "
-            f"torch.distributed.checkpoint.format_utils dcp_to_torch {checkpoint} FILE."
-        )
-    if not Path(checkpoint).is_file():
+    if checkpoint is None:
+        return backbone
+    if not Path(checkpoint).exists():
         raise FileNotFoundError(
             f"There is no teacher checkpoint at {checkpoint}; train the teacher first, or set "
             "model.init_args.teacher_checkpoint to where it is."
         )
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    state = backbone_weights(read_checkpoint(checkpoint))
     own = backbone.state_dict()
     wrong = [k for k in state if k not in own or own[k].shape != state[k].shape]
     wrong += [k for k in own if k not in state and "guidance" not in k]
@@ -378,4 +376,5 @@ def load_backbone(backbone: nn.Module, checkpoint: str) -> nn.Module:
             f"tensors differ, first {wrong[0]}); give the student's backbone the teacher's arguments."
         )
     backbone.load_state_dict(state, strict=False)
+    backbone.provenance = merge(of_checkpoint(checkpoint), recorded(backbone))
     return backbone
