@@ -245,7 +245,7 @@ def test_every_setting_is_the_test_of_that_setting(make_net, quiet, tmp_path, ex
     assert (module.times, module.guidance_scale, module.seed) == (two, 1.0, 7)
     assert module.trainer.datamodule.test_passes == 1
     (path,) = together.glob("*.json")
-    assert path.stem == "model_fd_classifier_train_n200_nfe1-2_t1.1_guidance1-1.5_seed0-1"
+    assert path.stem == "model_fd_classifier_train_n40_nfe1-2_t1.1_guidance1-1.5_seed0-1"
 
 
 def test_one_table_is_printed(model, quiet, tmp_path, extractor, capsys):
