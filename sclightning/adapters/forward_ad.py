@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from sclightning.adapters.process import time_span
 from sclightning.adapters.velocity import VelocityAdapter
+from sclightning.parallelize import is_sharded
 
 REMEDIES = {
     "scaled_dot_product": "call sclightning.adapters.enable_forward_ad(network), or attend by "
@@ -75,7 +76,7 @@ def check_forward_ad(
                     f"Forward-mode AD under torch.compile fails in {_title(name, module)}: an affine norm "
                     "(pytorch#160508); call sclightning.adapters.enable_forward_ad(network)."
                 )
-    if any(hasattr(p, "to_local") for p in network.parameters()):
+    if any(map(is_sharded, network.parameters())):
         return
     (x, t, label, guidance) = tree_map_only(Tensor, lambda v: v[:2], (x, t, label, guidance))
     conditions = {k: v for k, v in {"label": label, "guidance": guidance}.items() if v is not None}

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sclightning.callbacks.ema import EMA, power_exponent
 from sclightning.checkpoint import read_checkpoint
+from sclightning.parallelize import full, shard_like
 
 
 class PostHocEMA(L.Callback):
@@ -66,9 +66,8 @@ class PostHocEMA(L.Callback):
             )
         for ema in self.averages.values():
             for name, weight in pl_module.backbone.named_parameters():
-                if name in ema._average and isinstance(weight, DTensor):
-                    whole = ema._average[name].to(weight.device)
-                    ema._average[name] = distribute_tensor(whole, weight.device_mesh, weight.placements)
+                if name in ema._average:
+                    ema._average[name] = shard_like(ema._average[name].to(weight.device), weight)
             ema.on_train_start(trainer, pl_module)
         self._step = trainer.global_step
 
@@ -112,9 +111,9 @@ class PostHocEMA(L.Callback):
         """The averages in full on the CPU of the first process; the others take part in putting them together."""
         for sigma_rel, ema in self.averages.items():
             for name, average in ema._average.items():
-                average = average.full_tensor() if isinstance(average, DTensor) else average
+                whole = full(average)
                 if trainer.is_global_zero:
-                    yield f"{sigma_rel}/{name}", average.to("cpu", copy=True)
+                    yield f"{sigma_rel}/{name}", whole.to("cpu", copy=True)
 
     def _write(self, tensors: dict[str, Tensor]) -> None:
         path = Path(self.folder) / f"step_{self._step:09d}.safetensors"
