@@ -4,12 +4,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnF
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from sclightning.backbones.layers import group_norm
 from sclightning.ops import Conv2d, Linear, jvp_attention
 
 
@@ -73,9 +73,7 @@ class ExplicitGroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (B, C, ...) over groups of channels and all positions, in float32 or wider."""
-        grouped = x.unflatten(1, (self.num_groups, -1)).flatten(2).to(torch.promote_types(x.dtype, torch.float32))
-        centred = grouped - grouped.mean(2, keepdim=True)
-        y = (centred * torch.rsqrt(centred.square().mean(2, keepdim=True) + self.eps)).view(x.shape)
+        y = group_norm(x, self.num_groups, self.eps)
         if self.weight is not None:
             shape = (-1, *[1] * (x.ndim - 2))
             y = y * self.weight.view(shape) + self.bias.view(shape)

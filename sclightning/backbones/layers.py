@@ -9,6 +9,7 @@ import torch.nn.functional as nnF
 from torch import Tensor, nn
 
 from sclightning.ops import conv2d, linear
+from sclightning.parallelize import local
 
 
 class PositionalEmbedding(nn.Module):
@@ -54,12 +55,17 @@ class GroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (B, C, H, W) over groups of channels and all positions, in float32 or wider."""
-        # Five dimensions, not three: flattening pixels and channels would undo a channels-last layout.
-        grouped = x.unflatten(1, (self.groups, -1)).to(torch.promote_types(x.dtype, torch.float32))
-        centred = grouped - grouped.mean((2, 3, 4), keepdim=True)
-        y = centred * torch.rsqrt(centred.square().mean((2, 3, 4), keepdim=True) + self.eps)
-        y = y.flatten(1, 2) * self.weight[:, None, None] + self.bias[:, None, None]
+        y = group_norm(x, self.groups, self.eps) * self.weight[:, None, None] + self.bias[:, None, None]
         return y.to(x.dtype)
+
+
+def group_norm(x: Tensor, groups: int, eps: float) -> Tensor:
+    """Group normalisation of (B, C, ...) without affine part, in float32 or wider."""
+    # Not flattened: pixels and channels in one dimension would undo a channels-last layout.
+    grouped = x.unflatten(1, (groups, -1)).to(torch.promote_types(x.dtype, torch.float32))
+    dims = tuple(range(2, grouped.ndim))
+    centred = grouped - grouped.mean(dims, keepdim=True)
+    return (centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)).flatten(1, 2)
 
 
 def pixel_norm(x: Tensor, eps: float = 1e-8) -> Tensor:
@@ -274,7 +280,7 @@ class MPWeight(nn.Module):
     def normalize_weight(self) -> None:
         """Forced weight normalisation: rescale each row of the stored weight to unit mean square."""
         # FSDP2 shards by rows, so that a device's own rows are all it needs.
-        weight = self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight
+        weight = local(self.weight)
         weight.copy_(_unit_mean_square(weight))
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:

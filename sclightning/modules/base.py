@@ -119,7 +119,7 @@ class TrigFlowModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Record whose weights these were made from, and under which licence."""
-        checkpoint["provenance"] = merge(self.provenance, recorded(self))
+        checkpoint["provenance"] = recorded(self)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Keep the record of the checkpoint beside that of this run."""

@@ -301,8 +301,8 @@ class ConsistencyDistillation(ConsistencyModel):
                     "Distillation has no teacher; set model.init_args.teacher_checkpoint to a checkpoint of "
                     "TrigFlowDiffusion, or model.init_args.teacher to a network with its own weights."
                 )
-            self.teacher = copy.deepcopy(self.backbone)
-        if self.teacher_checkpoint is not None:
+            self.teacher = copy.deepcopy(self.backbone)  # which has just been given the checkpoint's weights
+        elif self.teacher_checkpoint is not None:
             network = self.teacher.network if isinstance(self.teacher, Guided) else self.teacher
             load_backbone(network, self.teacher_checkpoint)
         self.teacher.eval().requires_grad_(False)
