@@ -24,7 +24,16 @@ def test_demo_table_is_the_recorded_run():
     for name, nfe, distance in rows:
         assert nfe == str(figures[name]["nfe"] or "-")
         assert distance == f"{figures[name]['fd']:.2f}"
+        ratio, seen = figures[name]["fd"] / figures["teacher"]["fd"], figures[name]["fd_training_half"]
+        assert f"| {distance} | {ratio:.2f} | {seen:.2f} |" in README
     assert f"{figures['seconds']:.0f} seconds" in README
+    text = " ".join(README.split())
+    unseen, seen = (
+        [figures[name][key] / figures["teacher"][key] for name in ("scd_2step", "sct_2step")]
+        for key in ("fd", "fd_training_half")
+    )
+    assert f"within {unseen[0]:.2f} (sCD) and {unseen[1]:.2f} (sCT) of its distance" in text
+    assert f"they stand at {seen[0]:.2f} and {seen[1]:.2f}" in text
 
 
 def test_attention_table_is_the_recorded_run():
