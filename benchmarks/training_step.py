@@ -7,6 +7,7 @@ attention, then a forward pass with gradient, and before both the teacher's. ``*
 teacher, sCT and sCD against a matrix product of the same precision measured in this run.
 
 Usage: python benchmarks/training_step.py [--out FILE] [--networks edm2_s …] [--parts compiled …] [--seconds 540]
+Many processes compile, one at a time is timed: python benchmarks/training_step.py --jobs 6
 Two devices: python benchmarks/training_step.py --parts trainer --networks edm2_s --devices 2
 """
 
@@ -16,6 +17,7 @@ import functools
 import gc
 import itertools
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -23,7 +25,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import lightning as L
@@ -199,7 +203,7 @@ def clock(device: str) -> Callable[[], Callable[[], float]]:
     return mark
 
 
-def measure(step: Step, repeats: int) -> dict:
+def measure(step: Step, repeats: int, ready: Callable[[], None]) -> dict:
     """Median forward and backward, update, and both on end; images per second; peak of allocated memory."""
     device, start = step.args.device, time.perf_counter()
     for _ in range(3):
@@ -207,6 +211,10 @@ def measure(step: Step, repeats: int) -> dict:
         step.update()
     wait(device)
     seconds = time.perf_counter() - start
+    ready()
+    step.forward_backward()  # allocates again what was given back while others compiled
+    step.update()
+    wait(device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     mark, marks = clock(device), []
@@ -273,10 +281,13 @@ def forward_gflop(make: Callable) -> float:
 class Timer(L.Callback):
     """Wall time from the end of step ``first`` to the end of the last, waiting for the device at both only."""
 
-    def __init__(self, first: int, last: int):
-        self.first, self.last = first, last
+    def __init__(self, first: int, last: int, ready: Callable[[], None]):
+        self.first, self.last, self.ready = first, last, ready
 
     def on_train_batch_end(self, trainer: L.Trainer, *_) -> None:
+        if trainer.global_step == self.first - 1:
+            wait("cuda" if trainer.strategy.root_device.type == "cuda" else "cpu")
+            self.ready()
         if trainer.global_step in (self.first, self.last):
             wait("cuda" if trainer.strategy.root_device.type == "cuda" else "cpu")
             if trainer.global_step == self.first:
@@ -302,11 +313,11 @@ class RandomLatents(ImageDataModule):
         return from_uint8(batch[0]), batch[1]
 
 
-def under_trainer(make: Callable, batch: int, args: argparse.Namespace) -> dict:
+def under_trainer(make: Callable, batch: int, args: argparse.Namespace, ready: Callable[[], None]) -> dict:
     """A step of sCD as a user runs it: data, autocast, optimizer, weight normalisation, average, logging, bar."""
-    first, last = (10, 10 + 4 * args.repeats) if args.device == "cuda" else (1, 3)
+    first, last = (10, 10 + 4 * args.repeats) if args.device == "cuda" else (2, 4)
     with tempfile.TemporaryDirectory() as folder:
-        timer = Timer(first, last)
+        timer = Timer(first, last, ready)
         trainer = L.Trainer(
             accelerator="gpu" if args.device == "cuda" else "cpu",
             devices=args.devices,
@@ -319,6 +330,7 @@ def under_trainer(make: Callable, batch: int, args: argparse.Namespace) -> dict:
             limit_val_batches=0,
             num_sanity_val_steps=0,
             callbacks=[EMA(sigma_rel=0.05), TangentWarmup(), timer],
+            benchmark=args.cudnn_benchmark,
         )
         trainer.fit(module_of("scd", make, args, compile_options(args)), datamodule=RandomLatents(batch))
     if trainer.global_rank:
@@ -339,19 +351,66 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
             yield from ((name, part, kind) for kind in kinds)
 
 
-def run(name: str, part: str, kind: str, args: argparse.Namespace) -> dict:
-    """One measurement, on a device that nothing else lies on."""
+def run(name: str, part: str, kind: str, args: argparse.Namespace, ready: Callable[[], None] = lambda: None) -> dict:
+    """One measurement; ``ready`` is called when all is compiled and returns when the device is free to be timed."""
+    torch.backends.cudnn.benchmark = args.cudnn_benchmark
     make, batch = (TINY if args.tiny else NETWORKS)[name]
     batch = args.batch or batch
     if part == "trainer":
-        return under_trainer(make, batch, args)
+        return under_trainer(make, batch, args, ready)
     peers = part.startswith("peers")
     with plain_operators() if peers else contextlib.nullcontext():
         step = Step(kind, make, batch, args, compiled=part in ("compiled", "peers_compiled"), peers=peers)
-        found = measure(step, args.repeats)
+        found = measure(step, args.repeats, ready)
         if args.profile and args.device == "cuda":
             found["kernels"] = kernels(step)
     return found
+
+
+def tried(*measurement: Any) -> dict:
+    """As :func:`run`; a failure is recorded and the rest goes on: it is worth having."""
+    try:
+        return run(*measurement)
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
+
+
+def work(connection: Connection, *measurement: Any) -> None:
+    """One measurement in a process of its own, which says when it has compiled and waits for its turn."""
+    warnings.filterwarnings("ignore")
+
+    def ready() -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+        connection.send(None)
+        connection.recv()
+
+    connection.send(tried(*measurement, ready))
+
+
+def together(jobs: list[tuple[str, str, str]], args: argparse.Namespace) -> Iterator[dict]:
+    """Measurements whose processes compile side by side and are timed one after the other, in their order."""
+    context, running = multiprocessing.get_context("spawn"), []
+    for job in jobs:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=work, args=(theirs, *job, args))
+        process.start()
+        theirs.close()  # so that its death is an end of file here
+        running.append((process, ours))
+
+    def receive(connection: Connection) -> dict | None:
+        try:
+            return connection.recv()
+        except EOFError:
+            return {"failed": "the process died"}
+
+    compiled = [receive(connection) for _, connection in running]
+    for (process, connection), found in zip(running, compiled, strict=True):
+        if found is None:
+            connection.send(None)
+            found = receive(connection)
+        process.join()
+        yield found
 
 
 def summary(results: dict, name: str, devices: int) -> None:
@@ -405,11 +464,15 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seconds", type=float, default=540, help="begin no measurement after this time")
+    parser.add_argument("--jobs", type=int, default=1, help="measurements that compile side by side")
     parser.add_argument("--resume", action="store_true", help="leave out what the file has already")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--batch", type=int, help="images a step, if not the network's own")
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--cudnn-benchmark", action="store_true", help="let cuDNN try its algorithms, as Trainer's benchmark"
+    )
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--mode", help="of torch.compile")
     parser.add_argument("--profile", action="store_true", help="also list each step's kernels")
@@ -428,28 +491,30 @@ def main() -> None:
         "commit": commit or None,
         "precision": f"{args.dtype} autocast".removeprefix("torch."),
         "channels_last": args.channels_last,
+        "cudnn_benchmark": args.cudnn_benchmark,
         "ceiling_tflop_s": round(ceiling_tflop_s(args), 4),
     }
-    for name, part, kind in plan(args):
-        make, batch = (TINY if args.tiny else NETWORKS)[name]
-        network = results["networks"].setdefault(name, {})
-        network |= {"batch": args.batch or batch, "forward_gflop": forward_gflop(make)}
-        key = part if args.devices == 1 else f"{part}_{args.devices}_devices"
-        if (args.resume and "ms" in network.get(key, {}).get(kind, {})) or time.monotonic() > deadline:
-            continue
-        try:
-            found = run(name, part, kind, args)
-        except Exception as error:  # say so and go on: the rest is worth having
-            found = {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
-        network.setdefault(key, {})[kind] = found
-        summary(results, name, args.devices)
-        args.out.write_text(json.dumps(results, indent=2) + "\n")
-        print(name, key, kind, json.dumps({k: v for k, v in found.items() if k != "kernels"}), flush=True)
-        print("\n".join(found.get("kernels", [])), end="", flush=True)
-        torch._dynamo.reset()
-        gc.collect()
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
+    suffix = "" if args.devices == 1 else f"_{args.devices}_devices"
+    jobs = list(plan(args))
+    if args.resume:
+        had = results["networks"]
+        jobs = [(n, p, k) for n, p, k in jobs if "ms" not in had.get(n, {}).get(p + suffix, {}).get(k, {})]
+    while jobs and time.monotonic() < deadline:
+        chunk, jobs = jobs[: args.jobs], jobs[args.jobs :]
+        found_in_turn = together(chunk, args) if args.jobs > 1 else (tried(*job, args) for job in chunk)
+        for (name, part, kind), found in zip(chunk, found_in_turn, strict=True):
+            make, batch = (TINY if args.tiny else NETWORKS)[name]
+            network = results["networks"].setdefault(name, {})
+            network |= {"batch": args.batch or batch, "forward_gflop": forward_gflop(make)}
+            network.setdefault(part + suffix, {})[kind] = found
+            summary(results, name, args.devices)
+            args.out.write_text(json.dumps(results, indent=2) + "\n")
+            print(name, part + suffix, kind, json.dumps({k: v for k, v in found.items() if k != "kernels"}), flush=True)
+            print("".join(f"{line}\n" for line in found.get("kernels", [])), end="", flush=True)
+            torch._dynamo.reset()
+            gc.collect()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
     print(table(results))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TINY, randomize
 from torch._dynamo.utils import counters
+from torch._inductor.graph import GraphLowering
 
 from sclightning.backbones import EDM2
 from sclightning.callbacks import EMA, TangentWarmup
@@ -68,8 +69,15 @@ def test_compiled_step_is_the_eager_one(small_net, batch, model, dtype):
     assert graphs() == 1 and not counters["graph_break"]
 
 
-def test_inductor_compiles_the_consistency_step(make_plain_net, batch):
-    """The default backend, on the smallest network."""
+def test_inductor_compiles_the_consistency_step(make_plain_net, batch, monkeypatch):
+    """The default backend, on the smallest network; it keeps channels last though the last layer has few of them."""
+    decide, forced = GraphLowering.decide_layout_opt, []
+
+    def look(*args, **options):
+        forced.append(torch._inductor.config.force_layout_optimization)
+        return decide(*args, **options)
+
+    monkeypatch.setattr(GraphLowering, "decide_layout_opt", staticmethod(look))
 
     def net():
         net = make_plain_net()
@@ -77,8 +85,10 @@ def test_inductor_compiles_the_consistency_step(make_plain_net, batch):
             layer.__class__ = Conv2d  # with nn.Conv2d inductor before torch 2.13 stumbles over the zero weight tangent
         return net
 
-    compiled, eager = (ConsistencyTraining(net(), sigma_data=SD, compile=c) for c in (True, False))
+    mode = {"mode": "max-autotune-no-cudagraphs"}
+    compiled, eager = (ConsistencyTraining(net(), sigma_data=SD, compile=c, channels_last=True) for c in (mode, False))
     assert_same_step(compiled, eager, batch[0], rtol=1e-4)
+    assert len(forced) == 2 and all(forced)  # the backward pass, compiled later, too
 
 
 def test_two_passes_compile_around_the_random_state(small_net, batch, caplog):

@@ -219,13 +219,13 @@ class TrigFlowModule(L.LightningModule):
                 "compile makes one function of the loss, which the hooks of FSDP2 would cut up; leave model.init_args."
                 "compile out, or train with strategy ddp."
             )
-        return _compiled(self.loss, {"fullgraph": self._one_pass, **self.compile_options})
+        return _compiled(self.loss, {"fullgraph": self._one_pass, **self.compile_options}, self.channels_last)
 
     _one_pass = True
 
     @functools.cached_property
     def _compiled_normalization(self) -> Callable:
-        return _compiled(self.backbone.normalize_weights, {**self.compile_options, "fullgraph": True})
+        return _compiled(self.backbone.normalize_weights, {**self.compile_options, "fullgraph": True}, False)
 
     def _report(self, **values: Tensor) -> None:
         """Log numbers of this step, without waiting for the device to have them."""
@@ -292,8 +292,14 @@ class TrigFlowModule(L.LightningModule):
                     self._compiled_normalization()
 
 
-def _compiled(function: Callable, options: dict[str, Any]) -> Callable:
+def _compiled(function: Callable, options: dict[str, Any], channels_last: bool) -> Callable:
     import torch._dynamo  # two seconds, for those who compile
 
+    if channels_last and options.get("backend", "inductor") == "inductor":
+        # Left alone, Inductor goes back to channels-first as soon as one convolution has few output channels, as the
+        # last one of every U-Net has, and cuDNN then converts each image twice.
+        options = {**options, "options": {"force_layout_optimization": True, **options.get("options", {})}}
+        if mode := options.pop("mode", None):
+            options["options"] |= torch._inductor.list_mode_options(mode)
     # DDP has Dynamo cut graphs at its buckets, through the middle of the jvp.
     return torch._dynamo.config.patch(optimize_ddp=False)(torch.compile(function, **options))

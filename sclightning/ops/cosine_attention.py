@@ -40,12 +40,13 @@ def cosine_attention(qkv: Tensor, *, scale: float | None = None, eps: float = 1e
     plain = plain_rule_needed()
     primal, tangent = (qkv, None) if plain else unpack(qkv)
     if tangent is None:
-        q, k, v = reference.pixel_norm(qkv, 2, eps).transpose(2, 4).unbind(3)
+        # Contiguous here, where a compiler fuses the copy into the norm: flash attention takes nothing else.
+        q, k, v = (y.contiguous() for y in reference.pixel_norm(qkv, 2, eps).transpose(2, 4).unbind(3))
         attend = reference.attention if plain else F.scaled_dot_product_attention
         return attend(q, k, v, scale=scale).transpose(2, 3).contiguous()
     if forward_mode_depth() > 1:
         raise RuntimeError(NESTED.format(op="cosine_attention"))
-    o, to, _ = cosine_op(primal, tangent, scale, eps)
+    o, to, _ = cosine_op(primal.contiguous(), tangent.contiguous(), scale, eps)
     return fwAD.make_dual(o, to)
 
 
@@ -87,8 +88,8 @@ def _backward(ctx, do, dto, dlse):
     qkv, o, lse = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do
     x = reference.pixel_norm(qkv, 2, ctx.eps)
-    q, k, v = x.transpose(2, 4).unbind(3)
-    do, dto, o = (y if y is None else y.transpose(2, 3) for y in (do, dto, o))
+    q, k, v = (y.contiguous() for y in x.transpose(2, 4).unbind(3))
+    do, dto, o = (y if y is None else y.transpose(2, 3).contiguous() for y in (do, dto, o))
     grads = attention_backward_op(do, dto, q, k, v, o, lse, ctx.scale)
     dx = torch.stack(grads, 3).transpose(2, 4)
     return reference.pixel_norm_vjp(dx, qkv, 2, ctx.eps), None, None, None
