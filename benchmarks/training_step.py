@@ -37,6 +37,7 @@ from dit import DiT
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as nnF
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sclightning.backbones import EDM2, DDPMpp
@@ -269,7 +270,8 @@ def ceiling_tflop_s(args: argparse.Namespace) -> float:
 
 def forward_gflop(make: Callable) -> float:
     """FLOPs of a forward pass of one image, a multiplication and an addition counted as two."""
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():
+    # Plain attention, since the counter does not know the CPU's flash attention.
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         network = make()
         network(torch.empty(1, network.in_channels, *[network.resolution] * 2), torch.empty(1))
     return counter.get_total_flops() / 1e9

@@ -6,6 +6,8 @@ import lightning as L
 import pytest
 import torch
 from conftest import TINY, randomize
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._inductor.graph import GraphLowering
 
@@ -163,6 +165,26 @@ def test_channels_last_is_a_layout_only(make_net, batch, model, net):
         layer.register_forward_hook(look)
     assert_same_step(module, model(make(), sigma_data=SD), batch, rtol=1e-4, atol=1e-5)
     assert layouts and all(layouts)
+
+
+def test_no_convolution_of_the_compiled_step_has_to_convert_images(batch):
+    """Forward, tangent and backward, all but the few channels of the output; no gradient is added up pixel by pixel."""
+    network, graphs = randomize(EDM2(**TINY | {"channels": 8, "head_channels": 8})), []
+
+    def keep(graph, _):
+        graphs.append(graph.graph)
+        return make_boxed_func(graph)
+
+    compile = {"backend": aot_autograd(fw_compiler=keep, bw_compiler=keep)}
+    module = ConsistencyTraining(network, sigma_data=SD, channels_last=True, compile=compile)
+    step(module, batch)
+    forward, backward = ([node for node in g.nodes if "convolution" in str(node.target)] for g in graphs)
+    images = [node.args[0].meta["val"] for node in forward] + [
+        x.meta["val"] for node in backward for x in node.args[:2] if x.meta["val"].shape[1] > 1
+    ]
+    assert len(images) > 40 and all(x.is_contiguous(memory_format=torch.channels_last) for x in images)
+    scattered = [node for g in graphs for node in g.nodes if "index_put" in str(node.target)]
+    assert len(scattered) == 1  # rows of the label embedding
 
 
 def test_bar_shows_the_numbers_of_logged_steps(make_net, quiet, tmp_path):

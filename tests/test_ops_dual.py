@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sclightning.ops import Conv2d, Linear, conv2d, jvp_attention, linear
@@ -12,7 +13,8 @@ DOUBLE = {"dtype": torch.float64}
 
 
 def flops(f):
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # Plain attention, since the counter does not know the CPU's flash attention.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         f()
     return counter.get_total_flops()
 
@@ -248,6 +250,22 @@ def test_the_backbones_cost_twice_their_forward(name):
         lambda: torch.func.jvp(lambda x, t: net(x, t, label), (x, t), (torch.randn_like(x), torch.ones_like(t)))
     )
     assert 1.8 * forward < jvp <= 2.05 * forward
+
+
+def test_pointwise_convolution_in_channels_last_is_a_product_of_matrices():
+    """Values, tangent and gradients of the convolution; the layout is kept and no convolution runs."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 4, 4, **DOUBLE).to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(8, 6, 1, 1, **DOUBLE).requires_grad_(), torch.randn(8, **DOUBLE).requires_grad_()
+    results = [torch.func.jvp(lambda x, f=f: f(x, weight, bias), (x,), (x.cos(),)) for f in (conv2d, F.conv2d)]
+    for y, expected in zip(*results, strict=True):
+        torch.testing.assert_close(y, expected)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    gradients = [torch.autograd.grad(y.square().sum(), (weight, bias)) for y, _ in results]
+    torch.testing.assert_close(*gradients)
+    with FlopCounterMode(display=False) as counter:
+        conv2d(x, weight, bias)
+    assert {str(op) for op in counter.get_flop_counts()["Global"]} == {"aten.addmm"}
 
 
 @pytest.mark.gpu

@@ -21,6 +21,7 @@ from sclightning.backbones.layers import (
     MPWeight,
     PositionalEmbedding,
     check_inputs,
+    is_channels_last,
     load_renamed,
     mp_cat,
     mp_silu,
@@ -267,7 +268,10 @@ class Block(nn.Module):
         if self.qkv is not None:
             B, C, H, W = x.shape
             qkv = self.qkv(x).reshape(B, self.heads, C // self.heads, 3, H * W)
-            x = mp_sum(x, self.proj(cosine_attention(qkv).reshape(B, C, H, W)), 0.3)
+            attended = cosine_attention(qkv).reshape(B, C, H, W)
+            if is_channels_last(x):
+                attended = attended.contiguous(memory_format=torch.channels_last)
+            x = mp_sum(x, self.proj(attended), 0.3)
         return x.clamp(-256, 256)  # for half precision; never reached in a healthy run
 
     def _modulate(self, h: Tensor, modulation: Tensor) -> Tensor:

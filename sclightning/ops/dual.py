@@ -106,8 +106,12 @@ def conv2d(
     Raises:
         RuntimeError: In the backward pass, if a gradient is asked for through the tangent (eager mode).
     """
+    pointwise = weight.shape[2:] == (1, 1) and groups == 1 and stride in (1, (1, 1)) and padding in (0, (0, 0), "valid")
 
     def op(x, weight, bias):
+        if pointwise and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            # A product of matrices. As a convolution it would copy a gradient of another layout before each use.
+            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
     return _bilinear_rule(op, x, weight, bias, lambda tb: tb[:, None, None])
