@@ -80,6 +80,7 @@ def test_inductor_compiles_the_consistency_step(make_plain_net, batch, monkeypat
         return decide(*args, **options)
 
     monkeypatch.setattr(GraphLowering, "decide_layout_opt", staticmethod(look))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)  # a cached graph is not lowered again
 
     def net():
         net = make_plain_net()
