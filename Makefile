@@ -8,7 +8,7 @@ demo: $(VENV)/installed
 	$(PYTHON) benchmarks/demo.py
 
 test: $(VENV)/installed
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: $(VENV)/installed
 	$(PYTHON) -m ruff check .
