@@ -103,17 +103,46 @@ def forward_jvp(
     else:
         devices = [x_t.device] if x_t.is_cuda else []
         with torch.random.fork_rng(devices), torch.no_grad():
-            J = torch.compiler.disable(_derivative)(network, primals, tangents)
+            _, J = torch.compiler.disable(_derivative)(network, primals, tangents)
         F = network(*primals)
     dtype = torch.promote_types(x_t.dtype, torch.float32)
     return F.to(dtype), J.detach().to(dtype)
 
 
-def _derivative(network: Callable, primals: tuple[Tensor, Tensor], tangents: tuple[Tensor, Tensor]) -> Tensor:
-    """The Jacobian-vector product alone; torch.func.jvp would fail under FSDP2 before torch 2.13 (pytorch#182641)."""
+def partial_jvps(
+    network: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, dx_t: Tensor, t: Tensor, sigma_data: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Network output and the two parts of its derivative, along x and along t, by two passes without gradient.
+
+    .. math:: J = J_x + J_t, \qquad J_x = \cos t \sin t\,\nabla_x F \cdot \dot x_t, \qquad
+       J_t = \cos t \sin t\,\sigma_d\,\partial_t F
+
+    where :math:`\nabla_x` is that of the network's input :math:`x_t/\sigma_d`. Arguments are those of
+    :func:`forward_jvp`; a dropout mask is shared by both passes.
+
+    Returns:
+        ``F``, ``J_x`` and ``J_t``, float32 or wider, shape (B, ...).
+    """
+    cos_sin = t.cos() * t.sin()
+    primals = (x_t / sigma_data, t)
+    along_x = (expand_time(cos_sin, x_t) * dx_t, torch.zeros_like(t))
+    along_t = (torch.zeros_like(x_t), cos_sin * sigma_data)
+    devices = [x_t.device] if x_t.is_cuda else []
+    with torch.no_grad():
+        with torch.random.fork_rng(devices):
+            F, J_x = _derivative(network, primals, along_x)
+        _, J_t = _derivative(network, primals, along_t)
+    dtype = torch.promote_types(x_t.dtype, torch.float32)
+    return F.to(dtype), J_x.to(dtype), J_t.to(dtype)
+
+
+def _derivative(
+    network: Callable, primals: tuple[Tensor, Tensor], tangents: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Output and Jacobian-vector product; torch.func.jvp would fail under FSDP2 before torch 2.13 (pytorch#182641)."""
     with fwAD.dual_level():
         F, J = fwAD.unpack_dual(network(*map(fwAD.make_dual, primals, tangents)))
-    return torch.zeros_like(F) if J is None else J
+    return F, torch.zeros_like(F) if J is None else J
 
 
 def tangent(
@@ -136,9 +165,46 @@ def tangent(
         sigma_data: Standard deviation of the data.
         r: Tangent warm-up in [0, 1].
     """
+    first, second = tangent_terms(F, J, x_t, dx_t, t, sigma_data)
+    return first + r * second
+
+
+def tangent_terms(
+    F: Tensor, J: Tensor, x_t: Tensor, dx_t: Tensor, t: Tensor, sigma_data: float
+) -> tuple[Tensor, Tensor]:
+    r"""Halves of the tangent :math:`g = g_1 + r\,g_2` (Eq. 6): the velocity's error, and the part that can be unstable.
+
+    .. math:: g_1 = -\cos^2 t\,(\sigma_d F - \dot x_t), \qquad g_2 = -(\cos t \sin t\,x_t + J)
+
+    Arguments are those of :func:`tangent`.
+    """
     t = expand_time(t, x_t)
     cos, sin = t.cos(), t.sin()
-    return -(cos**2) * (sigma_data * F - dx_t) - r * (cos * sin * x_t + J)
+    return -(cos**2) * (sigma_data * F - dx_t), -(cos * sin * x_t + J)
+
+
+def partial_terms(
+    F: Tensor, J_x: Tensor, J_t: Tensor, x_t: Tensor, dx_t: Tensor, t: Tensor, sigma_data: float
+) -> tuple[Tensor, Tensor]:
+    r"""The tangent as a total derivative, :math:`g = g_x + g_t` at ``r = 1``: cosine times what Fig. 4 plots.
+
+    .. math:: g_x = \cos t\,\nabla_x f \cdot \dot x_t = \cos^2 t\,\dot x_t - J_x, \qquad
+       g_t = \cos t\,\partial_t f = -\cos^2 t\,\sigma_d F - \cos t \sin t\,x_t - J_t
+
+    A time embedding that makes training unstable shows in :math:`g_t` (Sec. 4.1).
+
+    Args:
+        F: Network output at ``(x_t / sigma_data, t)``, shape (B, ...).
+        J_x: Derivative along x from :func:`partial_jvps`, shape (B, ...).
+        J_t: Derivative along t.
+        x_t: Noisy sample, shape (B, ...).
+        dx_t: Velocity of the PF-ODE at ``x_t``, shape (B, ...).
+        t: Times in radians, shape (B,).
+        sigma_data: Standard deviation of the data.
+    """
+    t = expand_time(t, x_t)
+    cos, sin = t.cos(), t.sin()
+    return cos**2 * dx_t - J_x, -(cos**2) * sigma_data * F - cos * sin * x_t - J_t
 
 
 def normalize(g: Tensor, c: float = 0.1, norm: Literal["l2", "rms"] = "l2") -> Tensor:

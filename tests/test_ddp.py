@@ -1,6 +1,7 @@
 """Two processes: each draws its own noise, both keep the same weights, and together they sample what one does."""
 
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torchvision.io import read_image
 
+from sclightning.callbacks.tangent_monitor import TERMS
 from sclightning.data import DigitsDataModule
 from sclightning.data.arrays import EndlessSampler, from_uint8
 
@@ -23,11 +25,13 @@ import warnings
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 sys.path.append(sys.argv[1])
 from conftest import TINY, randomize
 from sclightning.backbones import DDPMpp
-from sclightning.callbacks import EMA, FIDEvaluation, SampleGrid, SampleWriter
+from sclightning.callbacks import EMA, FIDEvaluation, GradientNorm, SampleGrid, SampleWriter, TangentMonitor
+from sclightning.callbacks.tangent_monitor import tangent_norms
 from sclightning.data import DigitsDataModule
 from sclightning.metrics import ClassifierFeatures
 from sclightning.modules import ConsistencyTraining
@@ -41,6 +45,7 @@ class Module(ConsistencyTraining):
     def training_step(self, batch, batch_idx):
         with self._draw(batch[0], batch_idx) as (z, t):
             record["noise"].append(z), record["times"].append(t), record["images"].append(batch[0])
+        record["tangents"].append(tangent_norms(self, batch, batch_idx)[1])
         return super().training_step(batch, batch_idx)
 
 
@@ -51,7 +56,7 @@ class Weights(L.Callback):
         record["weights"].append(vector(pl_module.parameters()).detach().clone())
 
 
-record = {"noise": [], "times": [], "images": [], "gradients": [], "weights": []}
+record = {"noise": [], "times": [], "images": [], "tangents": [], "gradients": [], "weights": []}
 module = Module(
     randomize(DDPMpp(**TINY, dropout=0.1)), sigma_data=0.752, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3)
 )
@@ -61,9 +66,11 @@ options = {"accelerator": "cpu", "devices": devices, "strategy": "ddp" if device
 options |= {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder}
 data = DigitsDataModule(batch_size=4, num_val_samples=5, num_test_samples=18, sample_batch_size=4)
 
+instruments = [TangentMonitor(every_n_steps=3, bins=2), GradientNorm()]
 trainer = L.Trainer(
-    **options, max_steps=3, val_check_interval=3, check_val_every_n_epoch=None, num_sanity_val_steps=0,
-    callbacks=[EMA(half_life=20), SampleGrid(1, 3), Weights()],
+    **options | {"logger": CSVLogger(folder, "", "")}, log_every_n_steps=1,
+    max_steps=3, val_check_interval=3, check_val_every_n_epoch=None, num_sanity_val_steps=0,
+    callbacks=[EMA(half_life=20), SampleGrid(1, 3), Weights(), *instruments],
 )
 trainer.fit(module, datamodule=data)
 trainer.save_checkpoint(f"{folder}/run.ckpt")
@@ -129,6 +136,22 @@ def test_ranks_keep_the_same_weights(runs):
         for a, b, c in zip(first[key], second[key], alone[key], strict=True):
             assert torch.equal(a, b) and not torch.equal(a, c)
     assert not torch.equal(first["weights"][0], first["weights"][1])
+
+
+def test_instruments_measure_over_both_processes(runs):
+    """The bins of the tangent take the samples of both, not the mean of two means; the gradient is the averaged one."""
+    for folder, ranks in runs.values():
+        header, *lines = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
+        rows = [{name: float(value) for name, value in zip(header, line, strict=True) if value} for line in lines]
+        found = {name: value for row in rows if row["step"] == 2 for name, value in row.items()}
+        t, norms = (torch.cat([rank[key][2] for rank in ranks]) for key in ("times", "tangents"))
+        for label, inside in (("t0.00-0.79", t < math.pi / 4), ("t0.79-1.57", t >= math.pi / 4)):
+            for i, term in enumerate(TERMS):
+                mean = [norms[inside, i].mean().item()] if inside.any() else []
+                tag = f"tangent/{term}/{label}"
+                assert ([found[tag]] if tag in found else []) == pytest.approx(mean, rel=1e-5)
+        assert sum(name.startswith("tangent/norm/") for name in found) == (2 if len(ranks) == 2 else 1)
+        assert found["gradient_norm"] == pytest.approx(ranks[0]["gradients"][2].norm().item(), rel=1e-5)
 
 
 def test_images_are_counted_over_both_processes(runs):

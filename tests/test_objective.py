@@ -11,7 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from sclightning.objective import clip, consistency_loss, forward_jvp, normalize, tangent, weighted_loss
+from sclightning.objective import (
+    clip,
+    consistency_loss,
+    forward_jvp,
+    normalize,
+    partial_jvps,
+    partial_terms,
+    tangent,
+    tangent_terms,
+    weighted_loss,
+)
 from sclightning.trigflow import denoise, interpolate, velocity
 
 SIGMA_DATA = 0.5
@@ -184,6 +194,50 @@ def test_tangent_vanishes_at_the_exact_consistency_function():
     x_t, dx_t, t = batch()
     assert tangent_of(consistency_network, x_t, dx_t, t).abs().max() < 1e-12
     assert tangent_of(diffusion_network, x_t, dx_t, t).abs().max() > 0.1
+
+
+def test_tangent_is_bit_for_bit_what_it_was_before_its_terms_had_a_function():
+    """In float32, with the warm-up as a number and as a tensor."""
+    F, J, x_t, dx_t = torch.randn(4, 32, 3, generator=torch.Generator().manual_seed(2))
+    t = torch.linspace(0.01, 1.56, 32)
+    cos, sin = column(t.cos()), column(t.sin())
+    for r in (0.0, 0.3, torch.tensor(0.7), 1.0):
+        expected = -(cos**2) * (0.7 * F - dx_t) - r * (cos * sin * x_t + J)
+        assert torch.equal(tangent(F, J, x_t, dx_t, t, 0.7, r), expected)
+
+
+def test_terms_of_the_tangent():
+    """The halves are the tangent at r = 0 and what r = 1 adds; at a diffusion model the first is zero."""
+    network, _ = any_network()
+    x_t, dx_t, t = batch()
+    first, second = tangent_terms(*forward_jvp(network, x_t, dx_t, t, SIGMA_DATA), x_t, dx_t, t, SIGMA_DATA)
+    flow, whole = (tangent_of(network, x_t, dx_t, t, r) for r in (0.0, 1.0))
+    torch.testing.assert_close(first, flow, rtol=0, atol=0)
+    torch.testing.assert_close(second, whole - flow, rtol=0, atol=1e-14)
+    F, J = forward_jvp(diffusion_network, x_t, dx_t, t, SIGMA_DATA)
+    assert tangent_terms(F, J, x_t, dx_t, t, SIGMA_DATA)[0].abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_parts_of_the_tangent_along_x_and_t(dropout):
+    """Cosine times the two derivatives of f itself (Fig. 4); they add up to g; one F, one dropout mask."""
+    network, _ = any_network(dropout=dropout)
+    x_t, dx_t, t = batch()
+    torch.manual_seed(3)
+    F, J_x, J_t = partial_jvps(network, x_t, dx_t, t, SIGMA_DATA)
+    parts = partial_terms(F, J_x, J_t, x_t, dx_t, t, SIGMA_DATA)
+    expected = []
+    for tangents in ((dx_t, zeros(t)), (torch.zeros_like(x_t), torch.ones_like(t))):
+        torch.manual_seed(3)
+        f = torch.func.jvp(lambda x, t: consistency_function(network, x, t), (x_t, t), tangents)[1]
+        expected.append(column(t.cos()) * f.detach())
+    torch.testing.assert_close(parts, tuple(expected), rtol=0, atol=1e-14)
+    torch.manual_seed(3)
+    g = tangent_of(network, x_t, dx_t, t)
+    torch.testing.assert_close(sum(parts), g, rtol=0, atol=1e-14)
+    torch.manual_seed(3)
+    torch.testing.assert_close(F, network(x_t / SIGMA_DATA, t).detach(), rtol=0, atol=1e-15)
+    assert not any(part.requires_grad for part in parts) and all(part.norm() > 0.1 for part in parts)
 
 
 def test_equation_6():

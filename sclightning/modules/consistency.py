@@ -2,7 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +70,25 @@ class ConsistencyModel(TrigFlowModule):
         if self._forward_ad_checked:
             return
         self._forward_ad_checked = True
-        x_0, label = self._split(batch)
-        with self._draw(x_0, batch_idx) as (z, t):
-            conditions = {"label": label, "guidance": self.draw_guidance(x_0)}
+        with self.draw(batch, batch_idx) as (x_0, z, t, label, guidance):
             x = (interpolate(x_0, z, t) / self.sigma_data).to(self.dtype)
             compiled = self.compile_options is not None
-            check_forward_ad(self.backbone, x, t, **conditions, every_module=False, compiled=compiled)
+            check_forward_ad(self.backbone, x, t, label, guidance, every_module=False, compiled=compiled)
+
+    @contextmanager
+    def draw(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> Iterator[tuple[Tensor | None, ...]]:
+        """What the step of this batch evaluates, ``(x_0, z, t, label, guidance)``, and inside, its random state.
+
+        The same however often it is asked for during the step, so that instruments see what the loss sees.
+        """
+        x_0, label = self._split(batch)
+        with self._draw(x_0, batch_idx) as (z, t):
+            yield x_0, z, t, label, self.draw_guidance(x_0)
 
     def training_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Consistency loss of one batch, averaged (Alg. 1)."""
-        x_0, label = self._split(batch)
-        with self._draw(x_0, batch_idx) as (z, t):
-            loss, tangent_norm = self._evaluate(x_0, z, t, label, self.draw_guidance(x_0))
+        with self.draw(batch, batch_idx) as inputs:
+            loss, tangent_norm = self._evaluate(*inputs)
         loss = loss.mean()
         self._report(loss=loss, tangent_norm=tangent_norm.mean())
         return loss
