@@ -2,10 +2,16 @@
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test lint docs clean
+.PHONY: demo fashion test lint docs clean
 
 demo: $(VENV)/installed
 	$(PYTHON) benchmarks/demo.py
+
+BUDGET ?= sprint
+SEEDS ?= 0
+
+fashion: $(VENV)/installed
+	$(PYTHON) benchmarks/fashion_mnist.py --budget $(BUDGET) --seeds $(SEEDS)
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile

@@ -69,7 +69,12 @@ def picture(columns: int = 20) -> None:
         if run_name != "teacher":
             model.times = model.times[:nfe]
         rows[f"{name} ({model.nfe})"] = data.to_uint8(model.sample(range(columns), data.image_shape, label))
-    scale, margin = 4, 130
+    draw(rows, scale=4).save(OUT / "demo.png")
+
+
+def draw(rows: dict[str, Tensor], scale: int, margin: int = 130) -> Image.Image:
+    """Rows of uint8 images (N, 1, H, W) under one another, enlarged, their names at the left."""
+    columns = len(next(iter(rows.values())))
     grid = make_grid(torch.cat(list(rows.values())), nrow=columns, padding=1, pad_value=80)
     grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).numpy()
     image = Image.new("RGB", (grid.shape[1] + margin, grid.shape[0]), "white")
@@ -77,7 +82,7 @@ def picture(columns: int = 20) -> None:
     height = grid.shape[0] / len(rows)
     for row, name in enumerate(rows):
         ImageDraw.Draw(image).text((6, (row + 0.5) * height), name, fill="black", anchor="lm")
-    image.save(OUT / "demo.png")
+    return image
 
 
 def main() -> None:

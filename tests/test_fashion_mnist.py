@@ -1,0 +1,252 @@
+"""benchmarks/fashion_mnist.py and its configs: the numbers of the recipe, the bookkeeping, all of it in miniature."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+import fashion_mnist as recipe  # noqa: E402
+
+from sclightning.callbacks import EMA, TangentWarmup  # noqa: E402
+from sclightning.cli import SCLightningCLI, main  # noqa: E402
+from sclightning.data import FashionMNISTDataModule  # noqa: E402
+from sclightning.metrics import ClassifierFeatures  # noqa: E402
+from sclightning.modules import ConsistencyDistillation, ConsistencyTraining, TrigFlowDiffusion  # noqa: E402
+
+MODULES = {"teacher": TrigFlowDiffusion, "scd": ConsistencyDistillation, "sct": ConsistencyTraining}
+
+
+@pytest.mark.parametrize("kind", recipe.KINDS)
+def test_config(kind):
+    """One network of the peers' size for all three; schedule, run and checkpoints end together."""
+    path = ROOT / f"configs/fashion_mnist/{kind}.yaml"
+    cpu = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+    with torch.device("meta"):
+        cli = SCLightningCLI(["--config", str(path), *cpu], run=False)
+    model, trainer, init = cli.model, cli.trainer, cli.config.model.init_args
+    assert type(model) is MODULES[kind]
+    assert sum(p.numel() for p in model.backbone.parameters()) == pytest.approx(8.8e6, rel=0.05)
+    assert (model.backbone.in_channels, model.backbone.resolution, model.backbone.resolution) == (1, 32, 32)
+    assert model.backbone.num_classes == cli.datamodule.num_classes == 10
+    assert cli.datamodule.hparams.batch_size == 512 and model.channels_last
+    assert model.compile_options == {"mode": "reduce-overhead"}
+    # Other optimizers make the host wait for the loss scaler's look at the gradients.
+    text = yaml.safe_load(path.read_text())
+    assert init.optimizer.init_args.fused and text["trainer"]["precision"] == "16-mixed"
+    assert init.optimizer.init_args.lr == init.lr_scheduler.init_args.max_lr
+    callbacks = {type(callback).__name__: callback for callback in trainer.callbacks}
+    assert trainer.max_steps == init.lr_scheduler.init_args.total_steps
+    assert trainer.max_steps == 4 * callbacks["ModelCheckpoint"]._every_n_train_steps
+    assert trainer.limit_val_batches == 0 and trainer.log_every_n_steps == 100
+    assert callbacks["EMA"].exponent == EMA(sigma_rel=0.05).exponent
+    evaluation = cli.config.evaluation.init_args
+    assert evaluation.reference == "train" and evaluation.steps == [1, 2]
+    assert (ROOT / evaluation.extractor.init_args.weights).samefile(recipe.CLASSIFIER)
+    cli.datamodule.trainer = trainer
+    assert len(cli.datamodule.test_dataloader().dataset) == 10_000
+    if kind == "teacher":
+        assert model.nfe == 35
+    else:
+        assert (model.P_mean, model.P_std, model.normalization) == (-0.8, 1.6, "rms")
+        assert model.times == [math.atan(160), 1.1] and callbacks[TangentWarmup.__name__].steps == 300
+        assert model.teacher_checkpoint == "runs/fashion_mnist/teacher/last.ckpt"
+
+
+def test_the_script_changes_seed_length_and_folders_only():
+    """What it writes is the config with its parts in place, and nothing else."""
+    path = ROOT / "configs/fashion_mnist/scd.yaml"
+    theirs = recipe.complete(yaml.safe_load(path.read_text()), path.parent)
+    steps = theirs["trainer"]["max_steps"]
+    ours = recipe.config_of("scd", Path("elsewhere"), 3, 2 * steps)
+    assert (
+        ours["seed_everything"] == ours["model"]["init_args"].pop("seed") == ours["data"]["init_args"].pop("seed") == 3
+    )
+    assert ours["trainer"]["max_steps"] == ours["model"]["init_args"]["lr_scheduler"]["init_args"]["total_steps"]
+    ours["seed_everything"] = 0
+    text = yaml.safe_dump(ours).replace("elsewhere", "runs/fashion_mnist")
+    for after, before in ((2 * steps, steps), (2 * steps // 4, steps // 4)):
+        text = text.replace(f": {after}\n", f": {before}\n")
+    assert yaml.safe_load(text) == theirs
+    assert theirs["model"]["init_args"]["backbone"]["init_args"]["channels"] == 56
+    given = recipe.config_of("sct", Path("elsewhere"), 0, 4, teacher="good.ckpt")
+    assert given["model"]["init_args"]["teacher_checkpoint"] == "good.ckpt"
+
+
+def test_pace_is_that_of_the_log(tmp_path):
+    """10 steps a second in both processes of an interrupted run, the first after a start of 90 seconds."""
+    begun = time.time()  # a file's first event has the time at which it was made
+    for name, start, steps in (("a", begun + 90, range(99, 1000, 100)), ("b", begun + 5000, range(799, 2000, 100))):
+        with SummaryWriter(str(tmp_path), filename_suffix=f".{name}") as writer:
+            for step in steps:
+                writer.add_scalar("loss", 0.5, step, walltime=start + (step + 1) / 10)
+    with SummaryWriter(str(tmp_path), filename_suffix=".test") as writer:
+        writer.add_scalar("fd_classifier", 1.0, 2000, walltime=begun + 9000)
+    assert recipe.pace(tmp_path) == pytest.approx({"steps_per_second": 10, "startup_seconds": 90}, rel=0.02)
+    (tmp_path / "short").mkdir()
+    with SummaryWriter(str(tmp_path / "short")) as writer:
+        writer.add_scalar("loss", 0.5, 99)
+    with pytest.raises(ValueError, match="train for more steps"):
+        recipe.pace(tmp_path / "short")
+
+
+def record(kind, seed, fds, **changes):
+    rows = {kind: fds} if kind == "teacher" else {f"{kind}_{n + 1}step": fd for n, fd in enumerate(fds)}
+    rows = {row: {"fd": fd, "nfe": 35 if row == "teacher" else int(row[4])} for row, fd in rows.items()}
+    measured = {"images": 512_000, "train_seconds": 200.0 + seed, "startup_seconds": 100.0, "images_per_second": 2500.0}
+    about = {"device": "a GPU", "versions": {"torch": "2"}, "commit": "abc"}
+    return {"kind": kind, "seed": seed, **measured, **about, "rows": rows} | changes
+
+
+def test_results_are_merged_by_budget_model_and_seed(tmp_path):
+    """The documented JSON: a list over seeds for each row, a repeated run in place of its predecessor."""
+    out = tmp_path / "results" / "fashion_mnist.json"
+    for made in (
+        record("scd", 1, [3.0, 2.0]),
+        record("teacher", 0, 9.0),
+        record("scd", 0, [5.0, 4.0], images=256_000),
+        record("teacher", 0, 1.0),
+    ):
+        recipe.merge(made, "sprint", out)
+    recipe.merge(record("sct", 2, [7.0, 6.0], device="another"), "full", out)
+    results = json.loads(out.read_text())
+    sprint = results["sprint"]
+    assert sprint["teacher"]["fd"] == [1.0] and sprint["teacher"]["nfe"] == 35
+    assert sprint["scd_1step"]["fd"] == [5.0, 3.0] and sprint["scd_1step"]["seeds"] == [0, 1]
+    assert sprint["scd_2step"] == {
+        "fd": [4.0, 2.0],
+        "seeds": [0, 1],
+        "nfe": 2,
+        "train_seconds": 200.5,
+        "startup_seconds": 100.0,
+        "images": 384_000,
+        "images_per_second": 2500.0,
+    }
+    assert len(sprint["runs"]) == 3 and (sprint["device"], sprint["commit"]) == ("a GPU", "abc")
+    assert results["full"]["sct_2step"]["fd"] == [6.0] and "sct_1step" not in sprint
+    both = recipe.summarise([record("teacher", 0, 1.0), record("teacher", 1, 2.0, device="another")])
+    assert both["device"] == ["a GPU", "another"]
+
+
+def test_a_reported_run_is_that_of_its_config(tmp_path, capsys):
+    for arguments, message in (
+        (["--", "--model.P_mean=0"], "give --search"),
+        (["--seeds", "1000"], "report another"),
+    ):
+        with pytest.raises(SystemExit):
+            recipe.main(["--folder", str(tmp_path / "runs"), "--out", str(tmp_path / "out.json"), *arguments])
+        assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_runs_of_other_settings_are_not_mixed(tmp_path):
+    recipe.write({"a": 1}, tmp_path / "run.yaml")
+    recipe.write({"a": 1}, tmp_path / "run.yaml")
+    with pytest.raises(FileExistsError, match="other settings"):
+        recipe.write({"a": 2}, tmp_path / "run.yaml")
+
+
+def test_classifier_is_the_one_of_the_floor():
+    """Other weights need another floor, and their accuracy on real images."""
+    results = json.loads((ROOT / "benchmarks/results/fashion_mnist.json").read_text())
+    about = results["classifier"]
+    assert about["sha256"] == recipe.digest() and recipe.CLASSIFIER.name == about["weights"]
+    assert recipe.CLASSIFIER.stat().st_size < 2e6
+    assert about["held_out_accuracy"] > 0.85 and 0 < results["floor"] < 1
+    data = FashionMNISTDataModule(download=False)
+    try:
+        split = data.split("held_out")
+    except FileNotFoundError:
+        pytest.skip("Fashion-MNIST is not on this machine")
+    n = 1000
+    with torch.no_grad():
+        guess = ClassifierFeatures(str(recipe.CLASSIFIER)).logits(torch.from_numpy(split.images[:n])).argmax(1)
+    right = (guess.numpy() == split.labels[:n]).mean()
+    p = about["held_out_accuracy"]
+    assert abs(right - p) < 4 * math.sqrt(p * (1 - p) / n)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """IDX files of random images whose standard deviation is that of the real ones, ten classes."""
+    rng, folder = np.random.default_rng(0), tmp_path / "idx"
+    folder.mkdir()
+    for name, n in (("train", 200), ("t10k", 100)):
+        # The border of two pixels on each side is black, so these are a little brighter than the whole.
+        pixels = np.where(rng.random((n, 28, 28)) < 0.18, 255, 0).astype(np.uint8)
+        header = bytes([0, 0, 8, 3]) + b"".join(k.to_bytes(4, "big") for k in pixels.shape)
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        labels = bytes([0, 0, 8, 1]) + n.to_bytes(4, "big") + bytes(i % 10 for i in range(n))
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(labels)
+    return folder
+
+
+def test_recipe_in_miniature(tmp_path, images, monkeypatch, capsys):
+    """Pace, teacher (interrupted and resumed), sCD, samples and picture; a second call trains nothing."""
+    monkeypatch.chdir(ROOT)  # the classifier's path is relative
+    smaller = {
+        "backbone": {"channels": 4, "channel_mult": [1, 1, 1], "num_blocks": 1, "head_channels": 4},
+        "teacher": {"steps": 1},
+        "data": {"batch_size": 2, "num_test_samples": 70, "sample_batch_size": 35},
+    }
+    for part, values in smaller.items():
+        monkeypatch.setitem(recipe.TINY, part, values)
+    monkeypatch.setitem(recipe.SECONDS, "tiny", (1e-9, 1e-9))  # as few steps as there may be, 8
+    commands = []
+
+    def run(*command):
+        """In this process, where torch is there already; the teacher's training is cut off at half its steps."""
+        commands.append(list(map(str, command)))
+        if len(commands) == 2:
+            main([*commands[-1], "--trainer.max_steps=4"])
+            raise KeyboardInterrupt
+        main(commands[-1])
+
+    monkeypatch.setattr(recipe, "sclightning", run)
+    runs, out = tmp_path / "runs", tmp_path / "out.json"
+    arguments = ["--budget", "tiny", "--folder", str(runs), "--out", str(out), "--only", "teacher", "scd"]
+    arguments += ["--", f"--data.root={images}", "--trainer.enable_model_summary=false"]
+    with pytest.raises(KeyboardInterrupt):
+        recipe.main(arguments)
+    recipe.main(arguments)
+
+    folder = runs / "seed0"
+    assert [(command[0], Path(command[2]).relative_to(runs).as_posix()) for command in commands] == [
+        ("fit", "pace/teacher.yaml"),
+        ("fit", "seed0/teacher.yaml"),
+        ("fit", "seed0/teacher.yaml"),
+        ("test", "seed0/teacher.yaml"),
+        ("fit", "pace/scd.yaml"),
+        ("fit", "seed0/scd.yaml"),
+        ("test", "seed0/scd.yaml"),
+    ]
+    for kind in ("teacher", "scd"):
+        found = json.loads((folder / kind / "record.json").read_text())
+        assert (found["seed"], found["steps"], found["images"]) == (0, 8, 16)
+        assert found["train_seconds"] == pytest.approx(16 / found["images_per_second"], rel=0.1, abs=0.1)
+        assert torch.load(folder / kind / "last.ckpt", weights_only=True)["global_step"] == 8
+        samples = dict(np.load(folder / kind / "samples.npz"))
+        assert samples.pop("label").tolist() == [i % 10 for i in range(70)]
+        assert all(s.shape == (70, 32, 32) and s.dtype == np.uint8 and s.std() > 1 for s in samples.values())
+        assert set(samples) == {row for row in recipe.ROWS if row.startswith(kind)}
+    assert not np.array_equal(samples["scd_1step"], samples["scd_2step"])
+    logged = [path for path in (folder / "teacher").glob("events*") if b"loss" in path.read_bytes()]
+    assert len(logged) == 2  # one of each process that trained
+    assert (folder / "samples.png").stat().st_size > 1000
+    assert not out.exists()  # nothing here is to be reported
+    printed = capsys.readouterr().out
+    assert all(row in printed for row in ("teacher", "scd_2step", "scd_1step"))
+
+    recipe.main([*arguments[:6], "--only", "scd", *arguments[9:]])
+    assert [command[0] for command in commands[7:]] == ["test"]
+    again = dict(np.load(folder / "scd/samples.npz"))
+    assert all(np.array_equal(again[row], samples[row]) for row in samples)
