@@ -155,10 +155,20 @@ def pace(folder: Path) -> dict[str, float]:
 
 
 def train(kind: str, folder: Path, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Train a model, unless that is done; give the record of its run."""
+    """Train a model, unless that is done; give the record of its run.
+
+    Raises:
+        FileExistsError: If what is there was trained with other options.
+    """
     record = folder / kind / "record.json"
     if record.exists():
-        return json.loads(record.read_text())
+        made = json.loads(record.read_text())
+        if made["options"] != args.options:
+            raise FileExistsError(
+                f"{record} is of a run with other options, {made['options']}; give another --folder, or delete it and "
+                "the run beside it."
+            )
+        return made
     tiny, path = args.budget == "tiny", folder / f"{kind}.yaml"
     if path.exists():
         steps = yaml.safe_load(path.read_text())["trainer"]["max_steps"]

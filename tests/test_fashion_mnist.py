@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +19,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import fashion_mnist as recipe  # noqa: E402
 
+from sclightning.backbones import DDPMpp  # noqa: E402
 from sclightning.callbacks import EMA, TangentWarmup  # noqa: E402
 from sclightning.cli import SCLightningCLI, main  # noqa: E402
 from sclightning.data import FashionMNISTDataModule  # noqa: E402
@@ -60,6 +63,20 @@ def test_config(kind):
         assert (model.P_mean, model.P_std, model.normalization) == (-0.8, 1.6, "rms")
         assert model.times == [math.atan(160), 1.1] and callbacks[TangentWarmup.__name__].steps == 300
         assert model.teacher_checkpoint == "runs/fashion_mnist/teacher/last.ckpt"
+
+
+def test_size_is_what_the_docs_say():
+    """Parameters and FLOPs of our network, and of the one it is as large as."""
+    ours = yaml.safe_load((ROOT / "configs/backbone/fashion_mnist.yaml").read_text())["init_args"]
+    peers = ours | {"channels": 64, "channel_mult": [2, 2, 2], "head_channels": 64, "double_norm": False}
+    page = " ".join((ROOT / "docs/fashion_mnist.md").read_text().split())
+    for network, text in ((ours, "{:.2f} M parameters and {:.1f} GFLOP an image"), (peers, "has {:.2f} M parameters")):
+        net = DDPMpp(**network)
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            net(torch.zeros(1, 1, 32, 32), torch.ones(1))
+        gflop = counter.get_total_flops() / 1e9
+        assert text.format(sum(p.numel() for p in net.parameters()) / 1e6, gflop) in page
+    assert f"EDM's: {gflop:.1f} GFLOP" in page
 
 
 def test_the_script_changes_seed_length_and_folders_only():
@@ -159,6 +176,8 @@ def test_classifier_is_the_one_of_the_floor():
     """Other weights need another floor, and their accuracy on real images."""
     results = json.loads((ROOT / "benchmarks/results/fashion_mnist.json").read_text())
     about = results["classifier"]
+    page = " ".join((ROOT / "docs/fashion_mnist.md").read_text().split())
+    assert f": {results['floor']:.4f}; the classifier is right about {100 * about['held_out_accuracy']:.2f} %" in page
     assert about["sha256"] == recipe.digest() and recipe.CLASSIFIER.name == about["weights"]
     assert recipe.CLASSIFIER.stat().st_size < 2e6
     assert about["held_out_accuracy"] > 0.85 and 0 < results["floor"] < 1
@@ -239,14 +258,18 @@ def test_recipe_in_miniature(tmp_path, images, monkeypatch, capsys):
         assert all(s.shape == (70, 32, 32) and s.dtype == np.uint8 and s.std() > 1 for s in samples.values())
         assert set(samples) == {row for row in recipe.ROWS if row.startswith(kind)}
     assert not np.array_equal(samples["scd_1step"], samples["scd_2step"])
-    logged = [path for path in (folder / "teacher").glob("events*") if b"loss" in path.read_bytes()]
-    assert len(logged) == 2  # one of each process that trained
+    logs = [recipe.EventAccumulator(str(path)).Reload() for path in (folder / "teacher").glob("events*")]
+    logged = [[event.step for event in log.Scalars("loss")] for log in logs if "loss" in log.Tags()["scalars"]]
+    assert sorted(logged) == [[1, 3], [5, 7]]  # each process went on where the other had stopped
     assert (folder / "samples.png").stat().st_size > 1000
     assert not out.exists()  # nothing here is to be reported
     printed = capsys.readouterr().out
     assert all(row in printed for row in ("teacher", "scd_2step", "scd_1step"))
 
-    recipe.main([*arguments[:6], "--only", "scd", *arguments[9:]])
+    again = [*arguments[:6], "--only", "scd", *arguments[9:]]
+    with pytest.raises(FileExistsError, match="other options"):
+        recipe.main([*again, "--model.P_mean=0"])
+    recipe.main(again)
     assert [command[0] for command in commands[7:]] == ["test"]
     again = dict(np.load(folder / "scd/samples.npz"))
     assert all(np.array_equal(again[row], samples[row]) for row in samples)
