@@ -54,17 +54,8 @@ def consistency_loss(
         shared_primal: See :func:`forward_jvp`.
     """
     F, J = forward_jvp(network, x_t, dx_t, t, sigma_data, shared_primal=shared_primal)
-    F_minus = F.detach()
-    g = tangent(F_minus, J, x_t, dx_t, t, sigma_data, r).detach()
-    tangent_norm = g.square().flatten(1).mean(1).sqrt()
-    if normalization == "clip":
-        g = clip(g, t)
-    elif normalization in ("l2", "rms"):
-        g = normalize(g, c, normalization)
-    elif normalization != "none":
-        known = ", ".join(get_args(Normalization))
-        raise ValueError(f"There is no normalization '{normalization}'; choose one of {known}.")
-    return ConsistencyLoss(weighted_loss(F - F_minus - g, w_phi), tangent_norm)
+    g = tangent(F.detach(), J, x_t, dx_t, t, sigma_data, r)
+    return tangent_loss(F, g, t, w_phi, c, normalization)
 
 
 def forward_jvp(
@@ -205,6 +196,34 @@ def partial_terms(
     t = expand_time(t, x_t)
     cos, sin = t.cos(), t.sin()
     return cos**2 * dx_t - J_x, -(cos**2) * sigma_data * F - cos * sin * x_t - J_t
+
+
+def tangent_loss(
+    F: Tensor, g: Tensor, t: Tensor, w_phi: Tensor, c: float = 0.1, normalization: Normalization = "l2"
+) -> ConsistencyLoss:
+    r"""The last lines of Alg. 1 and 2: normalise the tangent, make it the target, weigh.
+
+    Args:
+        F: Network output at ``(x_t / sigma_data, t)`` with its gradient, shape (B, ...).
+        g: Tangent, shape (B, ...).
+        t: Times in radians, shape (B,).
+        w_phi: Adaptive weight, shape (B,).
+        c: Constant of the tangent normalisation.
+        normalization: ``l2`` or ``rms`` norm in :func:`normalize`, ``clip`` for :func:`clip`, or ``none``.
+
+    Raises:
+        ValueError: If there is no such normalisation.
+    """
+    g = g.detach()
+    tangent_norm = g.square().flatten(1).mean(1).sqrt()
+    if normalization == "clip":
+        g = clip(g, t)
+    elif normalization in ("l2", "rms"):
+        g = normalize(g, c, normalization)
+    elif normalization != "none":
+        known = ", ".join(get_args(Normalization))
+        raise ValueError(f"There is no normalization '{normalization}'; choose one of {known}.")
+    return ConsistencyLoss(weighted_loss(F - F.detach() - g, w_phi), tangent_norm)
 
 
 def normalize(g: Tensor, c: float = 0.1, norm: Literal["l2", "rms"] = "l2") -> Tensor:

@@ -1,6 +1,18 @@
-"""LightningModules: the TrigFlow diffusion teacher and the two ways to a consistency model."""
+"""LightningModules: the TrigFlow diffusion teacher, the two ways to a consistency model, and what they compare with."""
 
 from sclightning.modules.consistency import ConsistencyDistillation, ConsistencyTraining
 from sclightning.modules.diffusion import TrigFlowDiffusion
+from sclightning.modules.discrete import (
+    DiscreteConsistencyDistillation,
+    DiscreteConsistencyTraining,
+    EasyConsistencyTuning,
+)
 
-__all__ = ["ConsistencyDistillation", "ConsistencyTraining", "TrigFlowDiffusion"]
+__all__ = [
+    "ConsistencyDistillation",
+    "ConsistencyTraining",
+    "DiscreteConsistencyDistillation",
+    "DiscreteConsistencyTraining",
+    "EasyConsistencyTuning",
+    "TrigFlowDiffusion",
+]

@@ -190,8 +190,11 @@ class TrigFlowModule(L.LightningModule):
         with torch.random.fork_rng([x_0.device] if x_0.is_cuda else []):
             torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
             z = self.sigma_data * torch.randn_like(x_0)
-            t = sample_time(len(x_0), self.P_mean, self.P_std, self.sigma_data, device=x_0.device)
-            yield z, t
+            yield z, self.draw_time(x_0)
+
+    def draw_time(self, x_0: Tensor) -> Tensor:
+        """Training times (B,) from the log-normal proposal."""
+        return sample_time(len(x_0), self.P_mean, self.P_std, self.sigma_data, device=x_0.device)
 
     def loss(
         self, x_0: Tensor, z: Tensor, t: Tensor, label: Tensor | None = None, guidance: Tensor | None = None
