@@ -20,7 +20,9 @@ class ConsistencyLoss(NamedTuple):
     """What one evaluation of the objective yields, each of shape (B,)."""
 
     loss: Tensor
-    """Eq. 8 per sample. Its value is no measure of quality: the residual is always minus the normalised tangent."""
+    """Eq. 8 per sample. Its value is no measure of quality: the residual is always minus the normalised tangent.
+
+    NaN, without a gradient, where it is not finite: see :func:`weighted_loss`."""
     tangent_norm: Tensor
     """Root mean square of the tangent before normalisation, detached: the quantity to watch."""
 
@@ -249,6 +251,11 @@ def weighted_loss(residual: Tensor, w_phi: Tensor) -> Tensor:
 
     Minimal in :math:`w` where :math:`\frac{e^w}{D} E\lVert\Delta\rVert^2 = 1`, so that all times weigh the same.
 
+    A sample whose loss is not finite has the loss NaN, which :func:`finite_mean` leaves out, and a gradient of exactly
+    zero. So a tangent or a teacher's velocity that overflowed costs that sample and no other. What this cannot mask is
+    a network whose own activations are not finite: they turn the zero into NaN on its way back, 0 · NaN, in the weights
+    that all samples share.
+
     Args:
         residual: Shape (B, ...); D is the number of elements of a sample.
         w_phi: Adaptive weight, shape (B,).
@@ -256,4 +263,21 @@ def weighted_loss(residual: Tensor, w_phi: Tensor) -> Tensor:
     Returns:
         Shape (B,).
     """
+    finite = _weighted_square(residual.detach(), w_phi.detach()).isfinite()
+    # Before the square, whose own derivative there would be NaN, times zero or not.
+    residual = torch.where(finite.view(-1, *[1] * (residual.ndim - 1)), residual, 0.0)
+    loss = _weighted_square(residual, torch.where(finite, w_phi, 0.0))
+    return torch.where(finite, loss, torch.nan)
+
+
+def _weighted_square(residual: Tensor, w_phi: Tensor) -> Tensor:
     return w_phi.exp() * residual.square().flatten(1).mean(1) - w_phi
+
+
+def finite_mean(values: Tensor) -> Tensor:
+    """Mean of the finite ones among values of any shape; NaN if there is none, so that a broken run shows.
+
+    If all are finite it is ``values.mean()`` to the last bit.
+    """
+    finite = values.isfinite()
+    return torch.where(finite, values, 0.0).mean() * (finite.numel() / finite.sum())

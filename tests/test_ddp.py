@@ -151,6 +151,7 @@ def test_instruments_measure_over_both_processes(runs):
                 tag = f"tangent/{term}/{label}"
                 assert ([found[tag]] if tag in found else []) == pytest.approx(mean, rel=1e-5)
         assert sum(name.startswith("tangent/norm/") for name in found) == (2 if len(ranks) == 2 else 1)
+        assert found["nonfinite_samples"] == 0
         assert found["gradient_norm"] == pytest.approx(ranks[0]["gradients"][2].norm().item(), rel=1e-5)
 
 

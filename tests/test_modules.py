@@ -5,6 +5,7 @@ import math
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from sclightning.callbacks import EMA
@@ -280,6 +281,82 @@ def test_ten_steps_keep_their_loss(make_net, quiet, tmp_path, model):
     assert runs[0] == runs[1]
     golden = torch.tensor([float(number) for number in GOLDEN[model].split()])
     torch.testing.assert_close(torch.tensor(runs[0]).flatten(), golden, rtol=2e-5, atol=2e-5)
+
+
+# --- Samples that are not finite --------------------------------------------------------------------------------------
+
+
+class Overflow(torch.nn.Module):
+    """A network that overflows at early times, in its output or in what it keeps for the backward pass."""
+
+    def __init__(self, net, where="output"):
+        super().__init__()
+        self.net, self.where, self.times = net, where, []
+
+    def forward(self, x, t):
+        self.times.append(t.detach())
+        overflow = expand(torch.where(t < 0.3, torch.inf, 0.0))
+        return self.net(x, t) + overflow if self.where == "output" else self.net(x + overflow, t)
+
+
+def overflowing(make_plain_net, model, where="output", **options):
+    """A module of which a network overflows, one that has been looked at."""
+    net = Overflow(make_plain_net(), where)
+    if model is ConsistencyDistillation:  # the teacher's velocity, and with it the tangent
+        module = model(make_plain_net(seed=1), teacher=net, sigma_data=SD, **options)
+    else:
+        module = model(net, sigma_data=SD, **options)
+    module._seen |= {net, module.backbone}
+    return module, net
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": {"backend": "eager"}}], ids=["eager", "compiled"])
+@pytest.mark.parametrize("model", [TrigFlowDiffusion, ConsistencyTraining, ConsistencyDistillation])
+def test_a_sample_that_overflows_is_left_out(make_plain_net, batch, model, options):
+    """Loss and gradients are those of the other samples; the count is right."""
+    module, _ = overflowing(make_plain_net, model, **options)
+    with module._draw(batch[0], 0) as (z, t):
+        keep = t >= 0.3
+    assert 0 < keep.sum() < 8
+    expected, _ = overflowing(make_plain_net, model)
+    result = expected.loss(batch[0][keep], z[keep], t[keep])
+    result = (result if model is TrigFlowDiffusion else result.loss).mean()
+    loss = module.training_step(batch[0], 0)
+    assert loss.isfinite()
+    torch.testing.assert_close(loss, result)
+    torch.testing.assert_close(gradients(module, loss), gradients(expected, result), rtol=1e-4, atol=1e-6)
+    assert module._nonfinite == (~keep).sum() and module._samples == 8
+    torch._dynamo.reset()
+
+
+def test_what_overflows_inside_the_network_cannot_be_left_out(make_plain_net, batch):
+    """Zero times infinity: the limit that weighted_loss states, and that FiniteGradients is for."""
+    module, _ = overflowing(make_plain_net, TrigFlowDiffusion, "inside")
+    loss = module.training_step(batch[0], 0)
+    assert loss.isfinite() and not gradients(module, loss).isfinite().all()
+
+
+def test_the_share_of_left_out_samples_is_logged(make_plain_net, batch, quiet, tmp_path):
+    """Over the steps since it was logged before, and none is forgotten where gradients are accumulated."""
+    for accumulate in (1, 2):
+        module, net = overflowing(make_plain_net, ConsistencyTraining, seed=2)
+        module.on_train_batch_start = lambda *_: None  # the look at forward-mode AD calls the network too
+        logger = CSVLogger(tmp_path, str(accumulate), "")
+        options = {"max_steps": 4, "log_every_n_steps": 2, "accumulate_grad_batches": accumulate, "logger": logger}
+        fit(module, quiet, tmp_path, DataLoader(batch[0].repeat(2, 1, 1, 1), batch_size=4), **options)
+        header, *lines = (tmp_path / str(accumulate) / "metrics.csv").read_text().splitlines()
+        column = header.split(",").index("nonfinite_samples")
+        found = [float(line.split(",")[column]) for line in lines]
+        early = torch.stack(net.times) < 0.3
+        assert early.shape == (4 * accumulate, 4) and early.sum() > 0
+        assert found == early.view(2, -1).float().mean(1).tolist() and found[0] != found[1]
+
+
+def test_a_batch_without_a_finite_sample_shows(make_plain_net, batch):
+    """Its loss is not a number, in place of a zero that looks well."""
+    module, _ = overflowing(make_plain_net, ConsistencyTraining)
+    module.P_mean = -20.0
+    assert module.training_step(batch[0], 0).isnan()
 
 
 # --- The teacher ------------------------------------------------------------------------------------------------------

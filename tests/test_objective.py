@@ -14,6 +14,7 @@ from torch import Tensor
 from sclightning.objective import (
     clip,
     consistency_loss,
+    finite_mean,
     forward_jvp,
     normalize,
     partial_jvps,
@@ -608,3 +609,46 @@ def test_half_precision_times_are_refused(dtype):
     x_t, dx_t, t = batch()
     with pytest.raises(ValueError, match="half precision destroys the tangent"):
         consistency_loss(network, zeros(t), x_t, dx_t, t.to(dtype), SIGMA_DATA)
+
+
+# Samples that are not finite
+
+
+def test_loss_of_finite_samples_is_bit_for_bit_the_plain_formula():
+    """Values and gradients, for a number of samples that is no power of two."""
+    residual, w_phi = torch.randn(13, 5, 3, generator=torch.Generator().manual_seed(4)), torch.linspace(-1, 2, 13)
+    leaves = [v.clone().requires_grad_() for v in (residual, w_phi) for _ in range(2)]
+    loss = weighted_loss(leaves[0], leaves[2])
+    expected = leaves[3].exp() * leaves[1].square().flatten(1).mean(1) - leaves[3]
+    assert torch.equal(loss, expected) and torch.equal(finite_mean(loss), expected.mean())
+    finite_mean(loss).backward()
+    expected.mean().backward()
+    assert torch.equal(leaves[0].grad, leaves[1].grad) and torch.equal(leaves[2].grad, leaves[3].grad)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e200])
+@pytest.mark.parametrize("place", ["tangent", "output", "weight"])
+def test_a_sample_that_is_not_finite_has_no_gradient(bad, place):
+    """Zero to the last bit, though the square's own derivative is not; the others as if it were not in the batch."""
+    g, F = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    w_phi, keep = torch.linspace(-1, 1, 5, dtype=torch.float64), torch.tensor([0, 1, 3, 4])
+    if place == "weight":
+        w_phi[2] = {-math.inf: math.nan}.get(bad, bad)  # e^-inf is a weight, of a loss of +inf
+    else:
+        (g if place == "tangent" else F)[2, 1] = bad
+    F, w_phi = F.requires_grad_(), w_phi.requires_grad_()
+    loss = weighted_loss(F - F.detach() - g, w_phi) if place == "tangent" else weighted_loss(F - g, w_phi)
+    assert loss[keep].isfinite().all() and loss[2].isnan()
+    mean = finite_mean(loss)
+    found = torch.autograd.grad(mean, (F, w_phi))
+    assert (found[0][2] == 0).all() and found[1][2] == 0
+    F_, w_ = F[keep].detach().requires_grad_(), w_phi[keep].detach().requires_grad_()
+    expected = weighted_loss(F_ - F_.detach() - g[keep] if place == "tangent" else F_ - g[keep], w_).mean()
+    torch.testing.assert_close(mean, expected)
+    torch.testing.assert_close([f[keep] for f in found], [*torch.autograd.grad(expected, (F_, w_))])
+
+
+def test_mean_of_nothing_is_not_a_number():
+    """Zero would look like a run that is well."""
+    assert finite_mean(torch.tensor([math.nan, math.inf])).isnan()
+    assert finite_mean(torch.tensor([math.nan, 3.0, 5.0])) == 4

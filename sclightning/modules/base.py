@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sclightning.adapters import Guided, guided_velocity
 from sclightning.backbones.layers import AdaptiveWeight
 from sclightning.data.requests import SampleRequest
+from sclightning.objective import finite_mean
 from sclightning.parallelize import checkpoint_blocks, shard
 from sclightning.provenance import merge, recorded
 from sclightning.sampling import sample_noise
@@ -60,6 +61,7 @@ class TrigFlowModule(L.LightningModule):
         self.channels_last, self.activation_checkpointing = channels_last, activation_checkpointing
         self._seen: set[nn.Module] = set()
         self._shown: dict[str, Tensor] = {}
+        self._nonfinite, self._samples, self._written = torch.zeros(()), 0, 0
         self._normalize_weights()
 
     def configure_optimizers(self):
@@ -236,11 +238,24 @@ class TrigFlowModule(L.LightningModule):
         self.log_dict(values)
         self._shown = {name: value.detach() for name, value in values.items()}
 
+    def _average(self, loss: Tensor) -> Tensor:
+        """Mean of a loss (B,) over the samples where it is finite; the others are counted, without waiting for them."""
+        self._nonfinite = (~loss.detach().isfinite()).sum() + self._nonfinite.to(loss.device)
+        self._samples += len(loss)
+        return finite_mean(loss)
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Show the numbers of the step in the progress bar, when the logger reads them anyhow."""
-        every = self.trainer.log_every_n_steps
-        if every and self.trainer.global_step % every == 0:
+        """When the logger reads the numbers anyhow, show them in the progress bar, and log ``nonfinite_samples``.
+
+        That is the share of samples without a finite loss, on all devices, since it was logged before.
+        """
+        every, step = self.trainer.log_every_n_steps, self.trainer.global_step
+        if every and step % every == 0 and step != self._written:
             self.trainer.progress_bar_metrics.update({name: value.item() for name, value in self._shown.items()})
+            if self._samples:
+                share = self.trainer.strategy.reduce(self._nonfinite / self._samples, reduce_op="mean")
+                self.log("nonfinite_samples", share)
+            self._nonfinite, self._samples, self._written = torch.zeros_like(self._nonfinite), 0, step
 
     @staticmethod
     def _split(batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

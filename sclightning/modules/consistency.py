@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sclightning.adapters import Guided, check_forward_ad
 from sclightning.checkpoint import backbone_weights, read_checkpoint
 from sclightning.modules.base import TrigFlowModule
-from sclightning.objective import ConsistencyLoss, Normalization, consistency_loss
+from sclightning.objective import ConsistencyLoss, Normalization, consistency_loss, finite_mean
 from sclightning.provenance import merge, of_checkpoint, recorded
 from sclightning.sampling import T_MAX, consistency
 from sclightning.trigflow import interpolate, velocity
@@ -89,8 +89,8 @@ class ConsistencyModel(TrigFlowModule):
         """Consistency loss of one batch, averaged (Alg. 1)."""
         with self.draw(batch, batch_idx) as inputs:
             loss, tangent_norm = self._evaluate(*inputs)
-        loss = loss.mean()
-        self._report(loss=loss, tangent_norm=tangent_norm.mean())
+        loss = self._average(loss)
+        self._report(loss=loss, tangent_norm=finite_mean(tangent_norm))
         return loss
 
     def loss(

@@ -69,7 +69,7 @@ class TrigFlowDiffusion(TrigFlowModule):
         with self._draw(x_0, batch_idx) as (z, t):
             if label is not None and self.label_dropout > 0:
                 label = label.masked_fill(torch.rand(len(label), device=label.device) < self.label_dropout, -1)
-            loss = self._evaluate(x_0, z, t, label, None, augment).mean()
+            loss = self._average(self._evaluate(x_0, z, t, label, None, augment))
         self._report(loss=loss)
         return loss
 
