@@ -44,6 +44,7 @@ def check_forward_ad(
     every_module: bool = True,
     compiled: bool = False,
     rtol: float = 0.05,
+    tangents: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     r"""Raise if forward-mode AD fails in a network, or if it is silently wrong; name the innermost module at fault.
 
@@ -63,6 +64,7 @@ def check_forward_ad(
             gate that is still zero. Takes some forwards per level of nesting.
         compiled: The network will run inside ``torch.compile``: look for affine norms too.
         rtol: Relative difference from which on a tangent is wrong.
+        tangents: Tangents of x and t; then this one direction is taken, and all samples.
 
     Raises:
         RuntimeError: If a module cannot be differentiated forwards, or is differentiated wrongly.
@@ -78,7 +80,8 @@ def check_forward_ad(
                 )
     if any(map(is_sharded, network.parameters())):
         return
-    (x, t, label, guidance) = tree_map_only(Tensor, lambda v: v[:2], (x, t, label, guidance))
+    if tangents is None:
+        (x, t, label, guidance) = tree_map_only(Tensor, lambda v: v[:2], (x, t, label, guidance))
     conditions = {k: v for k, v in {"label": label, "guidance": guidance}.items() if v is not None}
     run = functools.partial(network, **conditions)
     state, inside = _random_state(x), []
@@ -91,10 +94,14 @@ def check_forward_ad(
         return [run(*leaves)]
 
     try:
-        generator = torch.Generator().manual_seed(0)
-        d_x, d_t = torch.randn(x.shape, generator=generator).to(x), torch.ones_like(t)
+        if tangents is None:
+            generator = torch.Generator().manual_seed(0)
+            d_x, d_t = torch.randn(x.shape, generator=generator).to(x), torch.ones_like(t)
+            directions = ((d_x, torch.zeros_like(t)), (torch.zeros_like(x), d_t))
+        else:
+            (d_x, d_t), directions = tangents, (tangents,)
         found = None
-        for tangents in ((d_x, torch.zeros_like(t)), (torch.zeros_like(x), d_t)):
+        for tangents in directions:
             _set_random_state(state)
             with _hooks(network, lambda name, *_: inside.append(name), leave):
                 try:
@@ -253,8 +260,9 @@ def _title(name: str, module: nn.Module) -> str:
 
 
 def _wrong_tangent(title: str, error: float) -> str:
+    size = f"{error:.0%}" if error > 0.01 else f"{error:.2%}"
     return (
-        f"The forward-mode tangent of {title} is off by {error:.0%} from central differences, without an error from "
+        f"The forward-mode tangent of {title} is off by {size} from central differences, without an error from "
         "PyTorch; look in its forward for a torch.library.custom_op, .detach(), .item() or a cast of the time to "
         "integers, and use operations with a forward-mode rule (sclightning.ops)."
     )
