@@ -1,0 +1,9 @@
+#include "launch.cuh"
+
+namespace sclightning {
+
+const char* attention_fp16(const SclightningAttention& a, Encode encode, void* stream) {
+  return attention<Fp16>(a, encode, stream);
+}
+
+}  // namespace sclightning
