@@ -53,7 +53,7 @@ struct alignas(128) CUtensorMap {
 
 namespace emulation {
 
-constexpr int MAX_SHARED = 227 * 1024, BASE = 1024 + 16;  // dynamic shared memory starts at any multiple of 16
+constexpr int MAX_SHARED = 227 * 1024, BASE = 1024;  // the first KiB is the system's
 constexpr int BLOCK = 512;                                // granularity of the checks of shared memory
 
 struct Barrier {
@@ -414,7 +414,7 @@ namespace sclightning {
 struct Bf16 {};
 struct Fp16 {};
 
-inline int thread_index() { return emulation::machine.current; }
+inline unsigned thread_index() { return emulation::machine.current; }
 inline int block_index() { return emulation::machine.block; }
 inline int grid_size() { return emulation::machine.blocks; }
 inline void sync_threads() { emulation::machine.sync(); }
@@ -434,6 +434,8 @@ inline float from_bits(uint32_t b) {
 inline uint32_t shuffle_xor(uint32_t x, int mask) { return emulation::machine.exchange(x, mask); }
 inline float shuffle_xor(float x, int mask) { return from_bits(shuffle_xor(bits(x), mask)); }
 inline float exp2_approximate(float x) { return std::exp2(x); }
+inline float log2_approximate(float x) { return std::log2(x); }
+inline float reciprocal_approximate(float x) { return 1 / x; }
 
 inline void store16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   emulation::machine.require(reinterpret_cast<uintptr_t>(to) % 16 == 0, "a store of 16 bytes is not aligned");
@@ -510,6 +512,10 @@ void wgmma_wait() {
 }
 template <int COUNT>
 void hold(float (&)[COUNT]) {}
+template <class Integer>
+Integer opaque(Integer x) {
+  return x;
+}
 
 template <class Element>
 void wgmma_shared(Element, float (&d)[32], uint64_t a, uint64_t b, int accumulate) {

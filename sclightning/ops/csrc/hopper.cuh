@@ -20,15 +20,15 @@ namespace sclightning {
 struct Bf16 {};
 struct Fp16 {};
 
-__device__ inline int thread_index() { return threadIdx.x; }
+__device__ inline unsigned thread_index() { return threadIdx.x; }
 __device__ inline int block_index() { return blockIdx.x; }
 __device__ inline int grid_size() { return gridDim.x; }
 __device__ inline void sync_threads() { __syncthreads(); }
 __device__ inline void sync_warp() { __syncwarp(); }
 
-/// Address of the block's dynamic shared memory in the shared window.
+/// Address of the block's dynamic shared memory in the shared window, a multiple of 1024.
 __device__ inline uint32_t shared_base() {
-  extern __shared__ uint8_t shared_memory[];
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
 }
 
@@ -38,6 +38,17 @@ __device__ inline uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor
 __device__ inline float exp2_approximate(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float log2_approximate(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -161,6 +172,13 @@ template <int COUNT>
 __device__ inline void hold(float (&d)[COUNT]) {
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+/// Keeps the compiler from computing what follows from ``x`` ahead of time, in registers that it then lacks.
+template <class Integer>
+__device__ Integer opaque(Integer x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 #define D8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \

@@ -27,6 +27,7 @@ struct Layout {
   static constexpr int PANEL = PANEL_;
   static constexpr int SPLIT = SPLIT_;        // warpgroups that share the columns of the values
   static constexpr int STAGES = STAGES_;      // blocks of keys in shared memory
+  static constexpr bool WHOLE = STAGES > 2;   // whether a head's keys can stay there for all its queries
   static constexpr int N = WIDTH / SPLIT;     // columns of a warpgroup's accumulators
   static constexpr int GROUPS = 2 / SPLIT;    // warpgroups with queries of their own
   static constexpr int QUERIES = ROWS * GROUPS;
@@ -37,7 +38,7 @@ struct Layout {
   // Shared memory: q and tq of each group; k, tk, v and tv of each stage; the barriers.
   static constexpr int KEYS = 2 * GROUPS * TILE;
   static constexpr int BARRIERS = KEYS + 4 * STAGES * TILE;
-  static constexpr int BYTES = BARRIERS + 8 * (2 + 4 * STAGES) + 1024;  // swizzled tiles start at multiples of 1024
+  static constexpr int BYTES = BARRIERS + 8 * (2 + 4 * STAGES);
 };
 
 using Layout64 = Layout<64, 64, 1, 6>;
@@ -54,19 +55,14 @@ struct Parameters {
   int H, queries, keys, D;
   int query_blocks, key_blocks;
   int items;  // of work, in all
-  int parts;  // query blocks of an item, which reads its keys once if there is more than one
-  float scale_log2, scale;
+  int parts;  // query blocks of an item, which reads its keys once
+  float scale_log2, h_scale;
 };
 
-/// A place in the ring of stages, and the parity of its current use.
-template <int STAGES>
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ void advance() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-  }
-};
+template <class L>
+__device__ int parts(const Parameters& p) {
+  return L::WHOLE ? p.parts : 1;
+}
 
 template <class L>
 struct Shared {
@@ -99,16 +95,17 @@ __device__ void load_pair(uint32_t x, uint32_t y, const CUtensorMap* from_x, con
 /// One thread: keys and values of all items of this block, as far ahead as the ring allows.
 template <class L>
 __device__ void copy_keys(const Parameters& p, Shared<L> shared) {
-  Ring<L::STAGES> ring;
+  int n = 0;  // stages are used in turn: the n-th block of keys goes to n % STAGES, in phase n / STAGES of its barriers
   for (int item = block_index(); item < p.items; item += grid_size()) {
-    const int head = item * p.parts / p.query_blocks;
+    const int head = item * parts<L>(p) / p.query_blocks;
     const int b = head / p.H, h = head % p.H;
-    for (int j = 0; j < p.key_blocks; ++j, ring.advance()) {
-      const int stage = ring.stage;
-      barrier_wait(shared.k_empty(stage), ring.parity ^ 1);  // a new barrier counts as having completed parity 1
+    for (int j = 0; j < p.key_blocks; ++j, ++n) {
+      const int stage = n % L::STAGES;
+      const uint32_t parity = n / L::STAGES & 1;
+      barrier_wait(shared.k_empty(stage), parity ^ 1);  // a new barrier counts as having completed parity 1
       barrier_arrive_expect(shared.k_full(stage), 2 * L::TILE);
       load_pair<L>(shared.k(stage), shared.tk(stage), &p.k, &p.tk, shared.k_full(stage), j * ROWS, h, b);
-      barrier_wait(shared.v_empty(stage), ring.parity ^ 1);
+      barrier_wait(shared.v_empty(stage), parity ^ 1);
       barrier_arrive_expect(shared.v_full(stage), 2 * L::TILE);
       load_pair<L>(shared.v(stage), shared.tv(stage), &p.v, &p.tv, shared.v_full(stage), j * ROWS, h, b);
     }
@@ -118,12 +115,12 @@ __device__ void copy_keys(const Parameters& p, Shared<L> shared) {
 /// One thread of another warp: the queries, which would hold up the keys of the next item.
 template <class L>
 __device__ void copy_queries(const Parameters& p, Shared<L> shared) {
-  uint32_t parity = 0;
+  int n = 0;
   for (int item = block_index(); item < p.items; item += grid_size()) {
-    for (int part = 0; part < p.parts; ++part, parity ^= 1) {
-      const int index = item * p.parts + part;
+    for (int part = 0; part < parts<L>(p); ++part, ++n) {
+      const int index = item * parts<L>(p) + part;
       const int head = index / p.query_blocks, row = index % p.query_blocks * L::QUERIES;
-      barrier_wait(shared.q_empty(), parity ^ 1);
+      barrier_wait(shared.q_empty(), n & 1 ^ 1);
       barrier_arrive_expect(shared.q_full(), 2 * L::GROUPS * L::TILE);
       for (int group = 0; group < L::GROUPS; ++group) {
         load_pair<L>(shared.q(group), shared.tq(group), &p.q, &p.tq, shared.q_full(), row + group * ROWS,
@@ -177,7 +174,7 @@ __device__ inline float row_max(float x) {
 }
 
 /// h = p ts as the matrix unit gets it, and what it adds to the row's sum: rounded, so that a row with one large weight
-/// cancels exactly. bf16 is cut off, in one instruction for two; h_scale made good for the mean loss.
+/// cancels exactly. bf16 is cut off, in one instruction for two; h_scale makes good the mean loss.
 __device__ inline uint32_t pack_h(Bf16, float low, float high, float& r) {
   r += truncate_bf16(low) + truncate_bf16(high);
   return truncate_pair(low, high);
@@ -188,8 +185,6 @@ __device__ inline uint32_t pack_h(Fp16, float low, float high, float& r) {
   r += rounded.x + rounded.y;
   return packed;
 }
-__device__ constexpr float h_correction(Bf16) { return 1.00281782f; }  // 2^-8 / (2 ln 2)
-__device__ constexpr float h_correction(Fp16) { return 1.0f; }
 __device__ constexpr float shift(Bf16) { return 0.0f; }
 __device__ constexpr float shift(Fp16) { return 6.0f; }  // keeps small tangents out of the subnormal numbers
 
@@ -228,26 +223,23 @@ __device__ void store_row(uint16_t* row, bool valid, int column, int D, int thre
 /// below, columns 8 n + 2 (lane % 4) and the next: elements 4 n to 4 n + 3.
 template <class Element, class L>
 __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
-  const int lane = thread_index() % 32, warp = thread_index() % WARPGROUP / 32, thread = lane % 4;
+  const int lane = thread_index() % 32;
   const int group = L::SPLIT == 1 ? warpgroup : 0;
   const int panel = L::SPLIT == 1 ? 0 : warpgroup * (L::PANELS / 2);
-  const float c = p.scale_log2, h_scale = p.scale * h_correction(Element{});
-  Ring<L::STAGES> first;
-  uint32_t q_parity = 0;
-  for (int item = block_index(); item < p.items; item += grid_size()) {
-    for (int part = 0; part < p.parts; ++part, q_parity ^= 1) {
-      const bool last_part = part == p.parts - 1;
+  for (int visit = 0, item; (item = block_index() + visit * grid_size()) < p.items; ++visit) {
+    for (int part = 0; part < parts<L>(p); ++part) {
+      const bool last_part = part == parts<L>(p) - 1;
       float o[L::N / 2], t[L::N / 2], m[2], l[2] = {0, 0}, r[2] = {0, 0};
 #pragma unroll
       for (int i = 0; i < L::N / 2; ++i) o[i] = t[i] = 0;
       m[0] = m[1] = -INFINITY;
-      Ring<L::STAGES> ring = first;  // the keys of an item stay for all its parts
-      barrier_wait(shared.q_full(), q_parity);
+      barrier_wait(shared.q_full(), visit * parts<L>(p) + part & 1);
 
-      for (int j = 0; j < p.key_blocks; ++j, ring.advance()) {
-        const int stage = ring.stage;
+      for (int j = 0; j < p.key_blocks; ++j) {
+        const int n = visit * p.key_blocks + j, stage = opaque(n % L::STAGES);  // the same for all parts of an item
+        const uint32_t parity = n / L::STAGES & 1;
         float s[32], ts[32];
-        barrier_wait(shared.k_full(stage), ring.parity);
+        barrier_wait(shared.k_full(stage), parity);
         wgmma_fence();
         multiply_tiles<Element, L>(s, shared.q(group), shared.k(stage), false);
         wgmma_commit();
@@ -260,7 +252,7 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
         if ((j + 1) * ROWS > p.keys) {
 #pragma unroll
           for (int i = 0; i < 32; ++i) {
-            if (j * ROWS + i / 4 * 8 + thread * 2 + i % 2 >= p.keys) s[i] = -INFINITY;
+            if (j * ROWS + i / 4 * 8 + lane % 4 * 2 + i % 2 >= p.keys) s[i] = -INFINITY;
           }
         }
         uint32_t weights[4][4];
@@ -269,7 +261,7 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
           float top = s[2 * half];
 #pragma unroll
           for (int n = 0; n < 8; ++n) top = fmaxf(top, fmaxf(s[4 * n + 2 * half], s[4 * n + 2 * half + 1]));
-          const float m_new = fmaxf(m[half], row_max(top) * c - shift(Element{}));
+          const float m_new = fmaxf(m[half], row_max(top) * p.scale_log2 - shift(Element{}));
           const float alpha = exp2_approximate(m[half] - m_new);
           m[half] = m_new;
           l[half] *= alpha;
@@ -277,8 +269,8 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
 #pragma unroll
           for (int n = 0; n < 8; ++n) {
             float &low = s[4 * n + 2 * half], &high = s[4 * n + 2 * half + 1];
-            low = exp2_approximate(low * c - m_new);
-            high = exp2_approximate(high * c - m_new);
+            low = exp2_approximate(low * p.scale_log2 - m_new);
+            high = exp2_approximate(high * p.scale_log2 - m_new);
             l[half] += low + high;
             weights[n / 2][n % 2 * 2 + half] = pack(Element{}, low, high);
           }
@@ -289,7 +281,7 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
           }
         }
 
-        barrier_wait(shared.v_full(stage), ring.parity);
+        barrier_wait(shared.v_full(stage), parity);
         hold(o), hold(t);
         wgmma_fence();
         multiply_registers<Element, L>(o, weights, shared.v(stage), panel);
@@ -304,7 +296,7 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
         uint32_t h[4][4];
 #pragma unroll
         for (int i = 0; i < 32; i += 2) {
-          const float low = s[i] * (ts[i] * h_scale), high = s[i + 1] * (ts[i + 1] * h_scale);
+          const float low = s[i] * (ts[i] * p.h_scale), high = s[i + 1] * (ts[i + 1] * p.h_scale);
           h[i / 8][i / 2 % 4] = pack_h(Element{}, low, high, r[i / 2 % 2]);
         }
         wgmma_fence();
@@ -314,14 +306,14 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
         hold(o), hold(t);
         if (lane == 0 && last_part) barrier_arrive(shared.v_empty(stage));
       }
-      if (last_part) first = ring;
 
-      const int index = item * p.parts + part, head = index / p.query_blocks;
-      const int row0 = index % p.query_blocks * L::QUERIES + group * ROWS + warp * 16 + lane / 4;
+      const int index = item * parts<L>(p) + part, head = index / p.query_blocks;
+      const int place = opaque(thread_index()), thread = place % 4;
+      const int row0 = index % p.query_blocks * L::QUERIES + group * ROWS + place % WARPGROUP / 32 * 16 + place % 32 / 4;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = row0 + 8 * half;
-        const float sum = row_sum(l[half]), inverse = 1 / sum, mu = row_sum(r[half]) * inverse;
+        const float sum = row_sum(l[half]), inverse = reciprocal_approximate(sum), mu = row_sum(r[half]) * inverse;
         const int64_t offset = head / p.H * p.o_b + head % p.H * p.o_h + row * p.o_n;
         const int column = panel * L::PANEL;
         store_row<Element, L>(p.o + offset, row < p.queries, column, p.D, thread,
@@ -330,7 +322,7 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
           return t[i + 2 * half] * inverse - mu * (o[i + 2 * half] * inverse);
         });
         if (thread == 0 && panel == 0 && row < p.queries) {
-          p.lse[int64_t(head) * p.queries + row] = (m[half] + log2f(sum)) * 0.6931471805599453f;
+          p.lse[int64_t(head) * p.queries + row] = (m[half] + log2_approximate(sum)) * 0.6931471805599453f;
         }
       }
     }
@@ -340,7 +332,7 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
 template <class Element, class L>
 __global__ void __launch_bounds__(THREADS, 1) jvp_attention_kernel(const __grid_constant__ Parameters p) {
 #if SCLIGHTNING_HOPPER
-  const Shared<L> shared{(shared_base() + 1023) & ~1023u};
+  const Shared<L> shared{shared_base()};
   if (thread_index() == 0) {
     constexpr int WARPS = 8;  // each says for itself that it is done
     barrier_init(shared.q_full(), 1);

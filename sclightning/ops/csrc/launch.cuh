@@ -38,9 +38,10 @@ const char* launch_attention(const SclightningAttention& a, Encode encode, void*
   const int64_t heads = int64_t(a.B) * a.H;
   if (heads * p.query_blocks > INT32_MAX / 2) return "more query blocks than 2^30";
   // Whole heads, whose keys stay in shared memory for all their queries, if there are enough to fill the device.
-  p.parts = p.key_blocks <= L::STAGES && heads >= a.blocks ? p.query_blocks : 1;
+  p.parts = L::WHOLE && p.key_blocks <= L::STAGES && heads >= a.blocks ? p.query_blocks : 1;
   p.items = heads * p.query_blocks / p.parts;
-  p.scale = a.scale, p.scale_log2 = a.scale * 1.4426950408889634f;
+  p.scale_log2 = a.scale * 1.4426950408889634f;
+  p.h_scale = a.scale * (a.bf16 ? 1.00281782f : 1.0f);  // 1 + 2^-8 / (2 ln 2), the mean loss of cutting off
   const int blocks = p.items < a.blocks ? p.items : a.blocks;
   const cudaError_t error = launch(jvp_attention_kernel<Element, L>, blocks, THREADS, L::BYTES, p, stream);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
