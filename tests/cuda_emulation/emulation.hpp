@@ -108,6 +108,7 @@ struct Fiber {
 struct Machine {
   uint64_t seed = 0;
   bool late_copies = false, late_products = false;
+  int broken = 0;  // for tests of this emulation
 
   std::mt19937_64 random;
   std::vector<uint8_t> shared;
@@ -150,6 +151,11 @@ struct Machine {
     return &shared[address - BASE];
   }
 
+  Barrier& barrier(uint32_t address) {
+    require(barriers.count(address) == 1, "there is no barrier yet");
+    return barriers[address];
+  }
+
   void land(size_t i) {
     const Copy c = copies[i];
     copies.erase(copies.begin() + i);
@@ -169,9 +175,8 @@ struct Machine {
     }
     const int bytes = c.map.box[0] * c.map.box[1] * 2;
     for (int b = c.to / BLOCK; b < int(c.to + bytes) / BLOCK; ++b) --writing[b];
-    Barrier& barrier = barriers.at(c.barrier);
-    barrier.bytes -= bytes;
-    barrier.settle();
+    barriers[c.barrier].bytes -= bytes;
+    barriers[c.barrier].settle();
   }
 
   // Where row (of A) or column (of B) ``i`` and ``k`` of an operand are: the canonical layouts of the PTX ISA.
@@ -470,14 +475,14 @@ inline void barrier_init(uint32_t barrier, int arrivals) {
 }
 inline void barrier_init_fence() {}
 inline void barrier_arrive_expect(uint32_t barrier, int bytes) {
-  auto& b = emulation::machine.barriers.at(barrier);
+  auto& b = emulation::machine.barrier(barrier);
   emulation::machine.require(b.pending > 0, "more arrivals than a barrier expects");
   b.bytes += bytes, --b.pending;
   b.settle();
 }
 inline void barrier_arrive(uint32_t barrier) { barrier_arrive_expect(barrier, 0); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
-  auto& b = emulation::machine.barriers.at(barrier);
+  auto& b = emulation::machine.barrier(barrier);
   emulation::machine.wait_until("an mbarrier", [&b, parity] { return (b.phase & 1) != parity; });
 }
 

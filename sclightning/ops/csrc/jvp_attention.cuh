@@ -92,7 +92,7 @@ __device__ void load_pair(uint32_t x, uint32_t y, const CUtensorMap* from_x, con
   }
 }
 
-/// One thread: keys and values of all items of this block, as far ahead as the ring allows.
+/// One thread: keys and values of all items of this block, as far ahead as there are stages.
 template <class L>
 __device__ void copy_keys(const Parameters& p, Shared<L> shared) {
   int n = 0;  // stages are used in turn: the n-th block of keys goes to n % STAGES, in phase n / STAGES of its barriers
@@ -120,7 +120,7 @@ __device__ void copy_queries(const Parameters& p, Shared<L> shared) {
     for (int part = 0; part < parts<L>(p); ++part, ++n) {
       const int index = item * parts<L>(p) + part;
       const int head = index / p.query_blocks, row = index % p.query_blocks * L::QUERIES;
-      barrier_wait(shared.q_empty(), n & 1 ^ 1);
+      barrier_wait(shared.q_empty(), (n & 1) ^ 1);
       barrier_arrive_expect(shared.q_full(), 2 * L::GROUPS * L::TILE);
       for (int group = 0; group < L::GROUPS; ++group) {
         load_pair<L>(shared.q(group), shared.tq(group), &p.q, &p.tq, shared.q_full(), row + group * ROWS,
@@ -233,7 +233,7 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
 #pragma unroll
       for (int i = 0; i < L::N / 2; ++i) o[i] = t[i] = 0;
       m[0] = m[1] = -INFINITY;
-      barrier_wait(shared.q_full(), visit * parts<L>(p) + part & 1);
+      barrier_wait(shared.q_full(), (visit * parts<L>(p) + part) & 1);
 
       for (int j = 0; j < p.key_blocks; ++j) {
         const int n = visit * p.key_blocks + j, stage = opaque(n % L::STAGES);  // the same for all parts of an item

@@ -1,8 +1,8 @@
 """Building and loading the CUDA extension: with nvcc, on first use or by ``python -m sclightning.ops.cuda.build``.
 
 The library has a plain C interface, so one binary serves every version of PyTorch. It is kept in
-``~/.cache/sclightning`` (``SCLIGHTNING_CACHE``) under a name that holds the architecture, a hash of the source and nvcc's
-version; the same string is compiled into it, which tells a foreign file of that name.
+``~/.cache/sclightning`` (or ``SCLIGHTNING_CACHE``) under a name that holds the architecture, a hash of the source and
+the version of nvcc; the same string is compiled into it, which tells a foreign file of that name.
 """
 
 import contextlib

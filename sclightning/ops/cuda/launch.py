@@ -1,4 +1,7 @@
-"""Launching the CUDA kernels: which shapes they take, checks before the launch, and a check of the result on first use."""
+"""The operators of :mod:`sclightning.ops.reference` in CUDA C++ on Hopper; what its kernels do not take is Triton's.
+
+Which shapes they take, the checks before a launch, and the trial on first use.
+"""
 
 import ctypes
 import functools
@@ -8,8 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import reference, triton
-from ..triton.launch import _aligned, _is_aligned
+from ..triton.launch import _aligned, _is_aligned, attention_vjp, cosine_jvp
 from . import build
+
+__all__ = ["attention_jvp", "attention_vjp", "cosine_jvp"]
 
 # Head dimension: fewest keys from which these kernels are chosen over Triton's. It awaits measurement: no row was timed
 # (docs/cuda.md has the command). At 64 keys half of a block would have nothing to do.
@@ -40,7 +45,7 @@ def attention_jvp(
         and q.numel() > 0
         and scale > 0
     )
-    library = usable(q.device.index, q.dtype, q.shape[-1]) if taken else None
+    library = usable(q) if taken else None
     if library is None:
         return triton.attention_jvp(*inputs, scale)
     o, to = reference.output_like(q, v), reference.output_like(q, v)
@@ -116,27 +121,27 @@ def _library() -> ctypes.CDLL | None:
         return None
 
 
-def usable(device: int, dtype: torch.dtype, D: int) -> ctypes.CDLL | None:
-    """The library, if its results for this dtype and head dimension are right on this device; tried on first use."""
-    library = _library()
+def usable(q: Tensor) -> ctypes.CDLL | None:
+    """The library, if its results for queries like these are right on their device, which is tried on first use."""
+    library, kind = _library(), (q.device, q.dtype, q.shape[-1])
     if library is None:
         return None
-    if (device, dtype, D) not in _agreement:
-        if torch.cuda.is_current_stream_capturing():  # a graph must not hold the trial
+    if kind not in _agrees:
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph must not hold the trial
             return None
-        with torch.cuda.device(device):
-            error = trial(library, torch.device(library.device, device), dtype, D)
-        _agreement[device, dtype, D] = error < BOUNDS[dtype]
-        if not _agreement[device, dtype, D]:
+        with torch.cuda.device_of(q):
+            error = trial(library, *kind)
+        _agrees[kind] = error < BOUNDS[q.dtype]
+        if not _agrees[kind]:
             warnings.warn(
-                f"The CUDA attention kernel for {dtype}, D = {D} differs from the formula by {error:.1e} on "
-                f"{torch.cuda.get_device_name(device)}: Triton's takes over. Please report it.",
+                f"The CUDA attention kernel for {q.dtype} and D = {q.shape[-1]} is wrong on {q.device}, by {error:.1e} "
+                "against the formula: Triton's takes over. Please report it.",
                 stacklevel=2,
             )
-    return library if _agreement[device, dtype, D] else None
+    return library if _agrees[kind] else None
 
 
-_agreement: dict[tuple[int, torch.dtype, int], bool] = {}
+_agrees: dict[tuple[torch.device, torch.dtype, int], bool] = {}
 
 
 def trial(library: ctypes.CDLL, device: torch.device, dtype: torch.dtype, D: int) -> float:
