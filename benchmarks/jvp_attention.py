@@ -13,7 +13,7 @@ import json
 import os
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -121,12 +121,20 @@ def peers_of_attention(x: tuple[Tensor, ...], t: tuple[Tensor, ...]) -> dict[str
     return peers
 
 
-def backends(D: int, N: int) -> list[str]:
-    """Triton, and the CUDA extension where it takes such heads: a failure to build it is an error here."""
-    if torch.cuda.get_device_capability() != (9, 0) or launch.FEWEST_KEYS.get(D, 2**31) > N:
-        return ["triton"]
-    launch.build.load()
-    return ["triton", "cuda"]
+def backends(fewest: dict[int, int], D: int, N: int) -> Iterator[str]:
+    """Triton, and on Hopper the CUDA extension if it takes such heads, each switched on until the next.
+
+    Raises:
+        RuntimeError: If the extension does not build or is not right.
+    """
+    os.environ["SCLIGHTNING_CUDA"] = "0"
+    yield "triton"
+    if torch.cuda.get_device_capability() == (9, 0) and fewest.get(D, 2**31) <= N:
+        os.environ["SCLIGHTNING_CUDA"] = "1"
+        yield "cuda"
+        if launch._library() is None or not all(launch._agrees.values()):
+            raise RuntimeError("The CUDA extension was not used: see the warning above.")
+    del os.environ["SCLIGHTNING_CUDA"]
 
 
 def measure(
@@ -162,14 +170,10 @@ def attention(machine: dict) -> list[dict]:
         exact = reference.attention_jvp(q, k, v, tq, tk, tv, shape[-1] ** -0.5)[1]
         ours = lambda x=x, t=t: torch.func.jvp(jvp_attention, x, t)  # noqa: E731
         peers = peers_of_attention(x, t)
-        for backend in backends(shape[3], shape[2]):
-            os.environ["SCLIGHTNING_CUDA"] = str(int(backend == "cuda"))
+        for backend in backends(launch.FEWEST_KEYS, shape[3], shape[2]):
             error = relative_error(ours()[1][:1, :1, :512], exact)
             rows.append(measure(shape, x[0].dtype, "jvp_attention", backend, ours, peers, error, machine))
-            if backend == "cuda" and launch.usable(x[0]) is None:
-                raise RuntimeError("The CUDA extension was not used: see the warning above.")
             peers = {}  # once a shape
-        os.environ.pop("SCLIGHTNING_CUDA", None)
     return rows
 
 
@@ -181,7 +185,6 @@ def cosine(machine: dict) -> list[dict]:
         B, H, N, D = shape
         # Not halves of one tensor: PyTorch copies a tangent whose storage offset is not its primal's.
         x, t = (torch.randn(B, H, D, 3, N, device="cuda").half() for _ in range(2))
-        _, to = torch.func.jvp(cosine_attention, (x,), (t,))
         exact = torch.func.jvp(naive_cosine, (x[:2].double(),), (t[:2].double(),))[1]
         torch._dynamo.reset()
         compiled = torch.compile(lambda x, t: torch.func.jvp(naive_cosine, (x,), (t,)))
@@ -190,8 +193,10 @@ def cosine(machine: dict) -> list[dict]:
             "torch.compile(naive torch.func.jvp)": lambda x=x, t=t, compiled=compiled: compiled(x, t),
         }
         ours = lambda x=x, t=t: torch.func.jvp(cosine_attention, (x,), (t,))  # noqa: E731
-        error = relative_error(to[:2], exact)
-        rows.append(measure(shape, x.dtype, "cosine_attention", "triton", ours, peers, error, machine))
+        for backend in backends(launch.FEWEST_POSITIONS, D, N):
+            error = relative_error(ours()[1][:2], exact)
+            rows.append(measure(shape, x.dtype, "cosine_attention", backend, ours, peers, error, machine))
+            peers = {}  # once a shape
     return rows
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sclightning.ops import jvp_attention, reference
+from sclightning.ops import cosine_attention, jvp_attention, reference
 from sclightning.ops.cuda import build
 
 pytest.importorskip("triton")  # launch.py hands over to it
@@ -22,6 +22,7 @@ from sclightning.ops.cuda import launch
 
 EMULATION = Path(__file__).parent / "cuda_emulation"
 BOUNDS = {torch.bfloat16: 2.5e-3, torch.float16: 6e-4}
+COSINE_BOUNDS = {torch.bfloat16: 5e-3, torch.float16: 6e-4}  # the normalised vectors are rounded
 LATE = [(copies, products) for copies in (0, 1) for products in (0, 1)]
 # `import sclightning.ops.jvp_attention` is the function of that name
 operators = sys.modules["sclightning.ops.jvp_attention"]
@@ -54,15 +55,19 @@ def emulated(tmp_path_factory):
 
 
 BREAKS = {  # what is left out of the kernel, and what the emulation says
-    r"barrier_wait\(shared.k_full.*;": "copy in flight|copy into",
-    r"barrier_wait\(shared.v_full.*;": "copy in flight|copy into",
-    r"barrier_wait\(shared.q_full.*;": "copy in flight|copy into",
+    r"barrier_wait\(shared.k_ready.*;": "copy in flight|copy into",
+    r"barrier_wait\(shared.q_ready.*;": "copy in flight|copy into",
     r"barrier_wait\(shared.v_empty.*;": "copy into",
     r"barrier_arrive\(shared.v_empty.*;": "deadlock",
     r"wgmma_wait<1>\(\);  // for ts": "copy into|expected",
     r"wgmma_wait<0>\(\);": "copy into",
     r"wgmma_fence\(\);": "without wgmma.fence",
     r"sync_threads\(\);": "no barrier",
+    # of cosine attention
+    r"barrier_wait\(shared.q_full\(\), queries.*;": "copy in flight|unfinished product",
+    r"barrier_wait\(shared.v_full\(stage\), parity\);": "copy in flight|unfinished product",
+    r"proxy_fence\(\);": "stored without a fence",
+    r"barrier_wait\(shared.v_ready.*;": "unfinished product|without a fence|copy in flight",
 }
 
 
@@ -82,6 +87,7 @@ def broken(tmp_path_factory):
     library = emulate(sources, sources)
     torch.manual_seed(0)
     check(library, *inputs(1, 3, 150, 500, 64, torch.bfloat16), 2)
+    check_cosine(library, 1, 3, 64, 200, torch.bfloat16, 2)
     return library
 
 
@@ -101,6 +107,20 @@ def check(library, x, t, blocks=3, scale=None):
     exact = reference.attention_jvp(*(a.double() for a in (*x, *t)), scale)
     errors = [relative_error(a, b) for a, b in zip((o, to, lse), exact, strict=True)]
     assert max(errors) < BOUNDS[x[0].dtype], (errors, [a.shape for a in x])
+
+
+def check_cosine(library, B, H, D, N, dtype, blocks):
+    """Likewise for cosine attention, of vectors of lengths from a hundredth to a hundred, one of them zero."""
+    x, tx = torch.randn(2, B, H, D, 3, N).to(dtype) * torch.logspace(-2, 2, N).to(dtype)
+    x[..., -1] = 0
+    o, to = (torch.full((B, H, D, N), torch.nan, dtype=dtype) for _ in range(2))
+    lse = torch.full((B, H, N), torch.nan)
+    tx[..., -1] = 0  # the tangent of a norm has no meaning where the vector vanishes
+    launch.launch_cosine(library, x, tx, o, to, lse, D**-0.5, 1e-4, blocks)
+    y = (a.transpose(2, 4).unbind(3) for a in reference.pixel_norm_jvp(x.double(), tx.double(), 2, 1e-4))
+    exact = reference.attention_jvp(*(a for triple in y for a in triple), D**-0.5)
+    errors = [relative_error(a, b) for a, b in zip((o.transpose(2, 3), to.transpose(2, 3), lse), exact, strict=True)]
+    assert max(errors) < COSINE_BOUNDS[dtype], errors
 
 
 SHAPES = {  # B, H, queries, keys, D, blocks of the grid
@@ -125,6 +145,16 @@ def test_emulated_values(emulated, case):
     for i, dtype in enumerate(BOUNDS):
         emulated.emulation_configure(i, *LATE[(len(case) + 2 * i) % 4], 0)
         check(emulated, *inputs(*shape, D, dtype, strided=i == 1), blocks)
+
+
+@pytest.mark.parametrize(
+    "B, H, D, N, blocks", [(1, 3, 64, 256, 2), (2, 2, 64, 136, 9), (1, 1, 64, 520, 2), (1, 3, 24, 72, 1)]
+)
+def test_emulated_values_of_cosine_attention(emulated, B, H, D, N, blocks):
+    torch.manual_seed(0)
+    for i, dtype in enumerate(BOUNDS):
+        emulated.emulation_configure(i, *LATE[(H + 2 * i) % 4], 0)
+        check_cosine(emulated, B, H, D, N, dtype, blocks)
 
 
 @pytest.mark.parametrize("late", LATE)
@@ -163,12 +193,14 @@ def test_emulated_accuracy_of_hard_cases(emulated, case):
 def test_the_emulation_sees_what_is_left_out(broken, statement):
     torch.manual_seed(0)
     x, t = inputs(1, 3, 150, 500, 64, torch.bfloat16)
+    cosine = list(BREAKS).index(statement) >= list(BREAKS).index(r"sync_threads\(\);")
     said = ""
     for late in LATE:
         broken.emulation_configure(0, *late, 1 + list(BREAKS).index(statement))
-        with pytest.raises((RuntimeError, AssertionError)) as raised:
-            check(broken, x, t, 2)
-        said += str(raised.value)
+        try:
+            check_cosine(broken, 1, 3, 64, 200, torch.bfloat16, 2) if cosine else check(broken, x, t, 2)
+        except (RuntimeError, AssertionError) as error:
+            said += str(error)
     assert re.search(BREAKS[statement], said), said
 
 
@@ -185,10 +217,12 @@ def extension(emulated, monkeypatch):
         return reference.attention_jvp(*arguments)
 
     emulated.emulation_configure(0, 0, 0, 0)
-    monkeypatch.setattr(operators, "implementation", lambda x, D: launch)
+    for module in (operators, sys.modules["sclightning.ops.cosine_attention"]):
+        monkeypatch.setattr(module, "implementation", lambda x, D: launch)
     monkeypatch.setattr(launch.build, "load", lambda: emulated)
     monkeypatch.setattr(launch, "_multiprocessors", lambda device: 3)
     monkeypatch.setattr(launch.triton, "attention_jvp", note)
+    monkeypatch.setattr(launch.triton, "cosine_jvp", lambda *arguments: handed_over.append(arguments))
     launch._library.cache_clear()
     launch._agrees.clear()
     yield handed_over
@@ -208,10 +242,27 @@ def test_through_the_public_function(extension):
         warnings.simplefilter("error")
         o, to = torch.func.jvp(jvp_attention, tuple(x), tuple(t))
     assert relative_error(o, exact[0]) < 2.5e-3 and relative_error(to, exact[1]) < 2.5e-3
-    assert not extension and launch._agrees == {(torch.device("cpu"), torch.bfloat16, 64): True}
+    assert not extension and launch._agrees == {(launch.trial, torch.device("cpu"), torch.bfloat16, 64): True}
     torch.func.jvp(lambda q, k, v: jvp_attention(q, k, v, scale=-0.1), tuple(x), tuple(t))
     torch.func.jvp(lambda q: jvp_attention(q, *x[1:]), (x[0],), (t[0],))  # a tangent that is absent
     assert [arguments[-1] for arguments in extension] == [-0.1, 0.125]
+
+
+def test_cosine_attention_through_the_public_function(extension):
+    """Channels-last input, which is copied; lengths that are Triton's."""
+    torch.manual_seed(0)
+    x, t = (torch.randn(2, 9, 8, 2 * 64 * 3).half().permute(0, 3, 1, 2).reshape(2, 2, 64, 3, 72) for _ in range(2))
+    exact = torch.func.jvp(
+        lambda x: reference.attention(*reference.pixel_norm(x, 2, 1e-4).transpose(2, 4).unbind(3), 0.125).mT,
+        (x.double(),),
+        (t.double(),),
+    )
+    o, to = torch.func.jvp(cosine_attention, (x,), (t,))
+    assert relative_error(o, exact[0]) < 6e-4 and relative_error(to, exact[1]) < 6e-4 and o.is_contiguous()
+    assert not extension and launch._agrees == {(launch.cosine_trial, torch.device("cpu"), torch.float16, 64): True}
+    for D, N in ((64, 64), (64, 76), (32, 72), (128, 72)):
+        assert launch.cosine_jvp(*torch.randn(2, 1, 1, D, 3, N).half(), 0.1, 1e-4) is None
+    assert len(extension) == 4
 
 
 @pytest.mark.parametrize("N, M, D", [(64, 64, 64), (70, 70, 32), (0, 70, 64), (70, 70, 96)])
@@ -287,6 +338,20 @@ def test_arguments_are_checked_before_the_launch(emulated):
     for numbers in ({"scale": -0.1, "blocks": 2}, {"scale": 0.1, "blocks": 0}):
         with pytest.raises(ValueError, match="positive scale"):
             launch.launch_attention(emulated, **good, **numbers)
+    y = dict(x=torch.randn(1, 2, 64, 3, 72).half(), o=torch.randn(1, 2, 64, 72).half(), lse=torch.empty(1, 2, 72))
+    y |= {"tx": y["x"], "to": y["o"]}
+    for name, bad, message in (
+        ("tx", y["x"].bfloat16(), "cast"),
+        ("tx", y["x"].to("meta"), "move"),
+        ("x", y["x"].transpose(0, 1), "of shape"),
+        ("o", y["o"].mT.contiguous().mT, "contiguous"),
+        ("lse", y["lse"][:, :1], "of shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            launch.launch_cosine(emulated, **y | {name: bad}, scale=0.1, eps=1e-4, blocks=2)
+    with pytest.raises(ValueError, match="D up to 64, N a multiple of 8"):
+        y = {name: a[..., :70].contiguous() for name, a in y.items()}
+        launch.launch_cosine(emulated, **y, scale=0.1, eps=1e-4, blocks=2)
     emulated.device = "cuda"
     with pytest.raises(ValueError, match="expected one device of type cuda"):
         launch.launch_attention(emulated, **good, scale=0.1, blocks=2)
@@ -330,7 +395,7 @@ def test_no_spills_and_no_serialised_products(built):
     _, said = built
     kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_90a'", said)
     usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    assert len(kernels) == 8 and usage == [("0", "0", "0")] * 8, said
+    assert len(kernels) == 10 and usage == [("0", "0", "0")] * 10, said
     assert "Performance" not in said and "injected" not in said and "warning" not in said, said
 
 
@@ -344,11 +409,12 @@ def test_machine_code_has_hoppers_instructions(built):
     products = {64: 12, 72: 15, 128: 24, 256: 48}  # of scores: three of D / 16 each; and three of 64 keys / 16
     found = {}
     for kernel in kernels:
-        D, dtype = int(re.search(r"LayoutILi(\d+)E", kernel)[1]), re.search("Bf16|Fp16", kernel)[0]
-        found[D, dtype] = len(re.findall("HGMMA", kernel))
+        D, cosine = re.search(r"LayoutILi(\d+)E.*?ELb([01])E", kernel).groups()
+        found[int(D), cosine, re.search("Bf16|Fp16", kernel)[0]] = len(re.findall("HGMMA", kernel))
         assert all(name in kernel for name in ("UTMALDG.4D", "SYNCS", "USETMAXREG", "WARPGROUP.DEPBAR"))
         assert not re.search(r"\b(LDL|STL|HMMA)\b", kernel)
-    assert found == {(D, dtype): n + 12 for D, n in products.items() for dtype in ("Bf16", "Fp16")}
+    shapes = [(D, "0") for D in products] + [(64, "1")]
+    assert found == {(D, c, dtype): products[D] + 12 for D, c in shapes for dtype in ("Bf16", "Fp16")}
 
 
 def test_other_architectures_compile_to_a_trap(tmp_path):
@@ -356,7 +422,7 @@ def test_other_architectures_compile_to_a_trap(tmp_path):
         pytest.skip("nvcc is not installed")
     said = build.compile_library(nvcc, tmp_path / "library.so", "library", arch="sm_80")
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
-    assert len(registers) == 8 and max(registers) < 32
+    assert len(registers) == 10 and max(registers) < 32
     build.open_library(tmp_path / "library.so")
 
 
@@ -396,13 +462,13 @@ def on_hopper(monkeypatch):
         pytest.skip("not a Hopper GPU")
     monkeypatch.setenv("SCLIGHTNING_CUDA", "1")
     launches = []
-    original = launch.launch_attention
+    call = launch._call
 
     def counted(*arguments):
         launches.append(arguments)
-        original(*arguments)
+        call(*arguments)
 
-    monkeypatch.setattr(launch, "launch_attention", counted)
+    monkeypatch.setattr(launch, "_call", counted)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield launches
@@ -441,6 +507,23 @@ def test_accuracy_of_hard_cases_on_the_gpu(on_hopper, case, dtype, N, D):
     exact = reference.attention_jvp(*(a.double() for a in x), D**-0.5)
     bound = BOUNDS[dtype]
     assert relative_error(o, exact[0][0]) < bound and relative_error(to, exact[1][0]) < bound
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("B, N", [(2, 72), (2, 256), (40, 256), (20, 384), (2, 1024)])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_cosine_attention_on_the_gpu(on_hopper, dtype, B, N):
+    torch.manual_seed(0)
+    x, t = (torch.randn(B, 9, 64, 3, N, device="cuda").to(dtype) for _ in range(2))
+    x.requires_grad_()
+    o, to = torch.func.jvp(cosine_attention, (x,), (t,))
+    exact = x.detach().double().requires_grad_()
+    expected = torch.func.jvp(lambda x: cosine_attention(x), (exact,), (t.double(),))
+    bound = COSINE_BOUNDS[dtype]
+    assert relative_error(o, expected[0]) < bound and relative_error(to, expected[1]) < bound
+    g = torch.randn_like(o)
+    gradients = (torch.autograd.grad(a, b, g.to(a.dtype))[0] for a, b in ((o, x), (expected[0], exact)))
+    assert relative_error(*gradients) < 3 * bound
 
 
 @pytest.mark.gpu

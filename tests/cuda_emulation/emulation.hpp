@@ -75,7 +75,7 @@ struct Copy {
 /// A matrix product of a warpgroup, which each of its 128 threads issues.
 struct Product {
   uint64_t a = 0, b = 0;
-  bool a_in_registers = false, accumulate = true, fp16 = false, done = false;
+  bool a_in_registers = false, k_major = true, accumulate = true, fp16 = false, done = false;
   int n = 0, issued = 0, finished = 0;
   float* d[128] = {};
   const uint32_t* registers[128] = {};
@@ -114,7 +114,8 @@ struct Machine {
   std::vector<uint8_t> shared;
   std::map<uint32_t, Barrier> barriers;
   std::vector<Copy> copies;
-  std::map<int, int> writing, reading;  // operations in flight by block of shared memory
+  std::map<int, int> writing, reading;       // operations in flight by block of shared memory
+  std::map<int, std::set<int>> unfenced;     // threads that stored to a block without a fence since
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Warpgroup> warpgroups;
   std::vector<Warp> warps;
@@ -214,14 +215,14 @@ struct Machine {
     };
     std::vector<float> a(64 * 16), b(p.n * 16);
     for (int k = 0; k < 16; ++k) {
-      for (int n = 0; n < p.n; ++n) b[n * 16 + k] = load(p.b, n, k, !p.a_in_registers);
+      for (int n = 0; n < p.n; ++n) b[n * 16 + k] = load(p.b, n, k, p.k_major);
       for (int row = 0; row < 64; ++row) {
         if (p.a_in_registers) {
           const int thread = row / 16 * 32 + row % 8 * 4 + k % 8 / 2;
           const uint32_t pair = p.registers[thread][row % 16 / 8 + 2 * (k / 8)];
           a[row * 16 + k] = number(uint16_t(k % 2 ? pair >> 16 : pair), p.fp16);
         } else {
-          a[row * 16 + k] = load(p.a, row, k, true);
+          a[row * 16 + k] = load(p.a, row, k, p.k_major);
         }
       }
     }
@@ -235,19 +236,22 @@ struct Machine {
     }
   }
 
-  void issue(float* d, int n, const uint32_t* registers, uint64_t a, uint64_t b, bool accumulate, bool fp16) {
+  void issue(float* d, int n, const uint32_t* registers, uint64_t a, uint64_t b, bool k_major, bool accumulate,
+             bool fp16) {
     Fiber& f = fiber();
     require(f.fenced, "wgmma without wgmma.fence since the last wait");
     Warpgroup& w = warpgroups[current / 128];
     if (f.issued == w.first + int64_t(w.products.size())) {
       auto p = std::make_shared<Product>();
       p->n = n, p->a = a, p->b = b, p->a_in_registers = registers, p->accumulate = accumulate, p->fp16 = fp16;
+      p->k_major = k_major;
       for (int k = 0; k < 16; ++k) {
-        for (int i = 0; i < n; ++i) p->blocks.insert(locate(b, i, k, !registers) / BLOCK);
-        for (int i = 0; i < 64 && !registers; ++i) p->blocks.insert(locate(a, i, k, true) / BLOCK);
+        for (int i = 0; i < n; ++i) p->blocks.insert(locate(b, i, k, k_major) / BLOCK);
+        for (int i = 0; i < 64 && !registers; ++i) p->blocks.insert(locate(a, i, k, k_major) / BLOCK);
       }
       for (int block : p->blocks) {
         require(writing[block] == 0, "a matrix product reads a tile with a copy in flight");
+        require(unfenced[block].empty(), "a matrix product reads what a thread stored without a fence");
         ++reading[block];
       }
       w.products.push_back(p);
@@ -306,7 +310,7 @@ struct Machine {
 
   void run_block(int threads, int shared_bytes) {
     shared.assign(shared_bytes, 0xff);  // NaN until written
-    barriers.clear(), copies.clear(), writing.clear(), reading.clear();
+    barriers.clear(), copies.clear(), writing.clear(), reading.clear(), unfenced.clear();
     warpgroups.assign(threads / 128, {}), warps.assign(threads / 32, {});
     synced = 0;
     fibers.resize(threads);
@@ -441,11 +445,50 @@ inline float shuffle_xor(float x, int mask) { return from_bits(shuffle_xor(bits(
 inline float exp2_approximate(float x) { return std::exp2(x); }
 inline float log2_approximate(float x) { return std::log2(x); }
 inline float reciprocal_approximate(float x) { return 1 / x; }
+inline float sqrt_approximate(float x) { return std::sqrt(x); }
 
 inline void store16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   emulation::machine.require(reinterpret_cast<uintptr_t>(to) % 16 == 0, "a store of 16 bytes is not aligned");
   const uint32_t words[4] = {a, b, c, d};
   std::memcpy(to, words, 16);
+}
+
+inline void store4(void* to, uint32_t x) {
+  emulation::machine.require(reinterpret_cast<uintptr_t>(to) % 4 == 0, "a store of 4 bytes is not aligned");
+  std::memcpy(to, &x, 4);
+}
+
+inline uint8_t* touch_shared(uint32_t address) {
+  auto& m = emulation::machine;
+  m.require(address % 4 == 0, "a word of shared memory is not aligned");
+  m.require(m.writing[address / emulation::BLOCK] == 0, "a thread touches a tile with a copy in flight");
+  return m.memory(address, 4);
+}
+inline uint32_t load_shared(uint32_t address) {
+  uint32_t x;
+  std::memcpy(&x, touch_shared(address), 4);
+  return x;
+}
+inline void store_shared(uint32_t address, uint32_t x) {
+  auto& m = emulation::machine;
+  m.require(m.reading[address / emulation::BLOCK] == 0, "a thread stores to a tile that an unfinished product reads");
+  m.unfenced[address / emulation::BLOCK].insert(m.current);
+  std::memcpy(touch_shared(address), &x, 4);
+}
+inline void proxy_fence() {
+  for (auto& [block, threads] : emulation::machine.unfenced) threads.erase(emulation::machine.current);
+}
+
+/// Thread i has row i / 4, columns 2 (i % 4) and next, of the transposed matrix: two threads' halves.
+inline uint32_t transpose_8x8(uint32_t x) {
+  auto& m = emulation::machine;
+  const int lane = m.current % 32;
+  const uint32_t mine = m.exchange(x, 0);
+  (void)mine;
+  const auto& values = m.warps[m.current / 32].values[(m.warps[m.current / 32].generation - 1) % 2];
+  const auto at = [&](int row, int column) { return values[row * 4 + column / 2] >> column % 2 * 16 & 0xffff; };
+  const int row = lane / 4, column = lane % 4 * 2;
+  return at(column, row) | at(column + 1, row) << 16;
 }
 
 inline uint32_t round_bf16(float x) {
@@ -461,6 +504,7 @@ inline uint32_t round_fp16(float x) {
 }
 inline uint32_t pack(Bf16, float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
 inline uint32_t pack(Fp16, float low, float high) { return round_fp16(low) | round_fp16(high) << 16; }
+inline float2 unpack(Bf16, uint32_t x) { return {from_bits(x << 16), from_bits(x & 0xffff0000u)}; }
 inline float2 unpack(Fp16, uint32_t x) {
   return {emulation::Machine::number(uint16_t(x), true), emulation::Machine::number(uint16_t(x >> 16), true)};
 }
@@ -495,6 +539,7 @@ inline void tensor_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, i
   for (int b = to / emulation::BLOCK; b < int(to + bytes) / emulation::BLOCK; ++b) {
     m.require(m.reading[b] == 0, "a copy into a tile that an unfinished matrix product reads");
     m.require(m.writing[b] == 0, "two copies into one tile");
+    m.require(m.unfenced[b].empty(), "a copy into what a thread stored without a fence");
     ++m.writing[b];
   }
   m.copies.push_back({*map, {x, y, z, w}, to, barrier});
@@ -522,13 +567,13 @@ Integer opaque(Integer x) {
   return x;
 }
 
-template <class Element>
+template <bool TRANSPOSED, class Element>
 void wgmma_shared(Element, float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
-  emulation::machine.issue(d, 64, nullptr, a, b, accumulate, std::is_same<Element, Fp16>::value);
+  emulation::machine.issue(d, 64, nullptr, a, b, !TRANSPOSED, accumulate, std::is_same<Element, Fp16>::value);
 }
-template <class Element, int COUNT>
+template <bool N_MAJOR, class Element, int COUNT>
 void wgmma_registers(Element, float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b) {
-  emulation::machine.issue(d, 2 * COUNT, a, 0, b, true, std::is_same<Element, Fp16>::value);
+  emulation::machine.issue(d, 2 * COUNT, a, 0, b, !N_MAJOR, true, std::is_same<Element, Fp16>::value);
 }
 
 template <class Parameters>

@@ -46,6 +46,11 @@ __device__ inline float log2_approximate(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+__device__ inline float sqrt_approximate(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ inline float reciprocal_approximate(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -54,6 +59,30 @@ __device__ inline float reciprocal_approximate(float x) {
 
 __device__ inline void store16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   *static_cast<uint4*>(to) = make_uint4(a, b, c, d);
+}
+
+__device__ inline void store4(void* to, uint32_t x) { *static_cast<uint32_t*>(to) = x; }
+
+__device__ inline uint32_t load_shared(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+__device__ inline void store_shared(uint32_t address, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+/// Lets the copy engine and the matrix unit see what this thread stored.
+__device__ inline void proxy_fence() {
+#if SCLIGHTNING_HOPPER
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+/// Transposes an 8 x 8 matrix of 16-bit numbers, of which thread i of a warp has row i / 4, columns 2 (i % 4) and next.
+__device__ inline uint32_t transpose_8x8(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
 }
 
 /// Two numbers rounded to nearest, the first in the low half.
@@ -69,6 +98,9 @@ __device__ inline uint32_t pack(Fp16, float low, float high) {
 }
 
 /// Both halves as float32.
+__device__ inline float2 unpack(Bf16, uint32_t x) {
+  return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+}
 __device__ inline float2 unpack(Fp16, uint32_t x) { return __half22float2(*reinterpret_cast<__half2*>(&x)); }
 
 /// Two numbers cut off to bf16: the upper halves of their bits in one instruction.
@@ -191,39 +223,42 @@ __device__ Integer opaque(Integer x) {
             "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 #if SCLIGHTNING_HOPPER
-// D (64 x 64) = A B^T, plus D if ``accumulate``; A (64 x 16) and B (64 x 16) K-major in shared memory.
+// D (64 x 64) = A B^T, plus D if ``accumulate``; A (64 x 16) and B (64 x 16) in shared memory, both K-major or TRANSPOSED.
 #define PRODUCT(Element, TYPE)                                                                                  \
+  template <bool TRANSPOSED>                                                                                    \
   __device__ inline void wgmma_shared(Element, float (&d)[32], uint64_t a, uint64_t b, int accumulate) {       \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                                  \
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" R32 "}, %32, %33, p, 1, 1, 0, 0;\n}" \
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                                    \
+                 " {" R32 "}, %32, %33, p, 1, 1, %35, %35;\n}"                                                  \
                  : D32(d, 0)                                                                                    \
-                 : "l"(a), "l"(b), "r"(accumulate));                                                            \
+                 : "l"(a), "l"(b), "r"(accumulate), "n"(int(TRANSPOSED)));                                      \
   }
 PRODUCT(Bf16, "bf16")
 PRODUCT(Fp16, "f16")
 #undef PRODUCT
 
-// D (64 x N) += A B; A (64 x 16) in registers, B (16 x N) N-major in shared memory.
-#define PRODUCT(Element, TYPE, N, REGISTERS, A0, A1, A2, A3, B, ...)                                            \
+// D (64 x N) += A B; A (64 x 16) in registers, B (16 x N) in shared memory, N-major or K-major.
+#define PRODUCT(Element, TYPE, N, REGISTERS, A0, A1, A2, A3, B, MAJOR, ...)                                     \
+  template <bool N_MAJOR>                                                                                       \
   __device__ inline void wgmma_registers(Element, float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {     \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                               \
-                 " {" REGISTERS "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", 1, 1, 1, 1;\n"                    \
+                 " {" REGISTERS "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", 1, 1, 1, " MAJOR ";\n"            \
                  : __VA_ARGS__                                                                                  \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(N_MAJOR)));                      \
   }
 #define PRODUCTS(Element, TYPE)                                                                                 \
-  PRODUCT(Element, TYPE, 64, R32, "%32", "%33", "%34", "%35", "%36", D32(d, 0))                                 \
-  PRODUCT(Element, TYPE, 72, R36, "%36", "%37", "%38", "%39", "%40", D32(d, 0), "+f"(d[32]), "+f"(d[33]),      \
-          "+f"(d[34]), "+f"(d[35]))                                                                             \
-  PRODUCT(Element, TYPE, 128, R64, "%64", "%65", "%66", "%67", "%68", D32(d, 0), D32(d, 32))
+  PRODUCT(Element, TYPE, 64, R32, "%32", "%33", "%34", "%35", "%36", "%37", D32(d, 0))                          \
+  PRODUCT(Element, TYPE, 72, R36, "%36", "%37", "%38", "%39", "%40", "%41", D32(d, 0), "+f"(d[32]),            \
+          "+f"(d[33]), "+f"(d[34]), "+f"(d[35]))                                                                \
+  PRODUCT(Element, TYPE, 128, R64, "%64", "%65", "%66", "%67", "%68", "%69", D32(d, 0), D32(d, 32))
 PRODUCTS(Bf16, "bf16")
 PRODUCTS(Fp16, "f16")
 #undef PRODUCTS
 #undef PRODUCT
 #else
-template <class Element>
+template <bool, class Element>
 __device__ void wgmma_shared(Element, float (&)[32], uint64_t, uint64_t, int) {}
-template <class Element, int N>
+template <bool, class Element, int N>
 __device__ void wgmma_registers(Element, float (&)[N], const uint32_t (&)[4], uint64_t) {}
 #endif
 

@@ -16,9 +16,21 @@ struct SclightningAttention {
   float scale;             // positive
 };
 
+/// Arguments of cosine attention and its tangent: x and tx (B, H, D, 3, N), o and to (B, H, D, N), contiguous.
+struct SclightningCosine {
+  const void *x, *tx;
+  void *o, *to;
+  float* lse;  // (B, H, N)
+  int32_t B, H, N, D;
+  int32_t bf16;
+  int32_t blocks;
+  float scale, eps;
+};
+
 extern "C" {
 /// Hash of source, architecture and compiler, which Python compares.
 const char* sclightning_build();
 /// Launches on a stream; null, or what went wrong.
 const char* sclightning_attention(const SclightningAttention* arguments, void* stream);
+const char* sclightning_cosine(const SclightningCosine* arguments, void* stream);
 }

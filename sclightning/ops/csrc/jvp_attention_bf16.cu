@@ -6,4 +6,8 @@ const char* attention_bf16(const SclightningAttention& a, Encode encode, void* s
   return attention<Bf16>(a, encode, stream);
 }
 
+const char* cosine_bf16(const SclightningCosine& a, Encode encode, void* stream) {
+  return cosine<Bf16>(a, encode, stream);
+}
+
 }  // namespace sclightning

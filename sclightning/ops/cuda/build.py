@@ -81,8 +81,9 @@ def open_library(path: Path, device: str = "cuda") -> ctypes.CDLL:
     """
     library = ctypes.CDLL(str(path))
     library.device = device
-    library.sclightning_build.restype = library.sclightning_attention.restype = ctypes.c_char_p
-    library.sclightning_attention.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.sclightning_build.restype = ctypes.c_char_p
+    for function in (library.sclightning_attention, library.sclightning_cosine):
+        function.restype, function.argtypes = ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_void_p]
     if (found := library.sclightning_build().decode()) != path.stem:
         raise OSError(f"{path} is a build of something else ({found}): delete it.")
     return library
