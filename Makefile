@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo fashion test lint docs clean
+.PHONY: demo fashion test lint docs cuda clean
 
 demo: $(VENV)/installed
 	$(PYTHON) benchmarks/demo.py
@@ -23,6 +23,10 @@ lint: $(VENV)/installed
 docs: $(VENV)/installed
 	$(PYTHON) -m pip install --quiet -e '.[docs]'
 	$(PYTHON) -m sphinx -W --keep-going docs docs/_build/html
+
+# The CUDA extension ahead of its first use (docs/cuda.md); it needs nvcc and no GPU.
+cuda: $(VENV)/installed
+	$(PYTHON) -m sclightning.ops.cuda.build
 
 $(VENV)/installed: pyproject.toml
 	test -x $(PYTHON) || python3 -m venv $(VENV)

@@ -2,16 +2,18 @@
 
 Peers: naive ``torch.func.jvp`` of matmul-softmax-matmul, jvp-flash-attention (if installed), and for EDM2's cosine
 attention ``torch.compile`` of the naive jvp. Plain forwards of SDPA's flash and cuDNN backends are ceilings (a third of
-the work). Times are medians of CUDA-graph replays, so of the kernels without Python, on random data.
+the work). Times are medians of CUDA-graph replays, so of the kernels without Python, on random data. On Hopper the CUDA
+extension (docs/cuda.md) has rows of its own, of the same run, for the shapes that it takes.
 
 Usage: python benchmarks/jvp_attention.py [--out benchmarks/results/jvp_attention.json] [--only attention cosine block]
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sclightning.ops import Linear, cosine_attention, jvp_attention, reference
+from sclightning.ops.cuda import launch
 
 ATTENTION = [  # B, H, N, D
     (128, 12, 64, 64),
@@ -118,9 +121,27 @@ def peers_of_attention(x: tuple[Tensor, ...], t: tuple[Tensor, ...]) -> dict[str
     return peers
 
 
-def measure(shape, dtype, op: str, ours: Callable, peers: dict[str, Callable], error: float, machine: dict) -> dict:
+def backends(fewest: dict[int, int], D: int, N: int) -> Iterator[str]:
+    """Triton, and on Hopper the CUDA extension if it takes such heads, each switched on until the next.
+
+    Raises:
+        RuntimeError: If the extension does not build or is not right.
+    """
+    os.environ["SCLIGHTNING_CUDA"] = "0"
+    yield "triton"
+    if torch.cuda.get_device_capability() == (9, 0) and fewest.get(D, 2**31) <= N:
+        os.environ["SCLIGHTNING_CUDA"] = "1"
+        yield "cuda"
+        if launch._library() is None or not all(launch._agrees.values()):
+            raise RuntimeError("The CUDA extension was not used: see the warning above.")
+    del os.environ["SCLIGHTNING_CUDA"]
+
+
+def measure(
+    shape, dtype, op: str, backend: str, ours: Callable, peers: dict[str, Callable], error: float, machine: dict
+) -> dict:
     """One row of the table; a peer that fails is recorded with its error."""
-    row = {"shape": list(shape), "dtype": str(dtype)[6:], "op": op, "backend": "triton", "tangent_error": error}
+    row = {"shape": list(shape), "dtype": str(dtype)[6:], "op": op, "backend": backend, "tangent_error": error}
     row |= {"ours_ms": median_ms(ours), "floor_ms": floor_ms(*shape, dtype, machine)}
     row |= {"peers_ms": {}, "peers_failed": {}}
     row["extra_mb"] = extra_megabytes(ours)
@@ -144,13 +165,15 @@ def attention(machine: dict) -> list[dict]:
     rows = []
     for shape in ATTENTION:
         x, t = (tuple(torch.randn(3, *shape, device="cuda").bfloat16()) for _ in range(2))
-        _, to = torch.func.jvp(jvp_attention, x, t)
         q, tq = (a[0][:1, :1, :512].double() for a in (x, t))
         k, v, tk, tv = (a[:1, :1].double() for a in (*x[1:], *t[1:]))
         exact = reference.attention_jvp(q, k, v, tq, tk, tv, shape[-1] ** -0.5)[1]
-        error = relative_error(to[:1, :1, :512], exact)
         ours = lambda x=x, t=t: torch.func.jvp(jvp_attention, x, t)  # noqa: E731
-        rows.append(measure(shape, x[0].dtype, "jvp_attention", ours, peers_of_attention(x, t), error, machine))
+        peers = peers_of_attention(x, t)
+        for backend in backends(launch.FEWEST_KEYS, shape[3], shape[2]):
+            error = relative_error(ours()[1][:1, :1, :512], exact)
+            rows.append(measure(shape, x[0].dtype, "jvp_attention", backend, ours, peers, error, machine))
+            peers = {}  # once a shape
     return rows
 
 
@@ -162,7 +185,6 @@ def cosine(machine: dict) -> list[dict]:
         B, H, N, D = shape
         # Not halves of one tensor: PyTorch copies a tangent whose storage offset is not its primal's.
         x, t = (torch.randn(B, H, D, 3, N, device="cuda").half() for _ in range(2))
-        _, to = torch.func.jvp(cosine_attention, (x,), (t,))
         exact = torch.func.jvp(naive_cosine, (x[:2].double(),), (t[:2].double(),))[1]
         torch._dynamo.reset()
         compiled = torch.compile(lambda x, t: torch.func.jvp(naive_cosine, (x,), (t,)))
@@ -171,7 +193,10 @@ def cosine(machine: dict) -> list[dict]:
             "torch.compile(naive torch.func.jvp)": lambda x=x, t=t, compiled=compiled: compiled(x, t),
         }
         ours = lambda x=x, t=t: torch.func.jvp(cosine_attention, (x,), (t,))  # noqa: E731
-        rows.append(measure(shape, x.dtype, "cosine_attention", ours, peers, relative_error(to[:2], exact), machine))
+        for backend in backends(launch.FEWEST_POSITIONS, D, N):
+            error = relative_error(ours()[1][:2], exact)
+            rows.append(measure(shape, x.dtype, "cosine_attention", backend, ours, peers, error, machine))
+            peers = {}  # once a shape
     return rows
 
 

@@ -7,6 +7,7 @@ into a dual number. Reverse mode is registered for the primal; the tangent's gra
 """
 
 import importlib.util
+import os
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -83,15 +84,21 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 def implementation(x: Tensor, D: int):
     """Where the operators of these tensors are: Triton for half precision on CUDA (sm_80 or newer), or reference.py.
 
-    Without tf32 a GPU has no matrix unit for float32, and cuBLAS behind the formulas beats a fused kernel. A CUDA C++
-    extension would be a third module with the same functions, chosen here.
+    Without tf32 a GPU has no matrix unit for float32, and cuBLAS behind the formulas beats a fused kernel. On Hopper
+    ``SCLIGHTNING_CUDA=1`` puts the CUDA C++ extension before Triton (docs/cuda.md): it was not measured yet.
     """
     half = x.dtype in (torch.float16, torch.bfloat16)
-    if x.is_cuda and half and D <= 256 and HAS_TRITON and torch.cuda.get_device_capability(x.device) >= (8, 0):
-        from . import triton  # slow to import, and needed on a GPU only
-
-        return triton
-    return reference
+    if not (x.is_cuda and half and D <= 256 and HAS_TRITON):
+        return reference
+    capability = torch.cuda.get_device_capability(x.device)
+    if capability < (8, 0):
+        return reference
+    # Imported here: slow, and needed on a GPU only.
+    if capability == (9, 0) and os.environ.get("SCLIGHTNING_CUDA") == "1":
+        from .cuda import launch as kernels
+    else:
+        from . import triton as kernels
+    return kernels
 
 
 @torch.library.custom_op("sclightning::jvp_attention", mutates_args=())
