@@ -8,12 +8,17 @@ import torch
 from test_configs import CONFIGS, CPU, data_sets, load  # noqa: F401 - a fixture
 
 from sclightning.callbacks import TangentWarmup
-from sclightning.modules import DiscreteConsistencyDistillation, EasyConsistencyTuning
+from sclightning.modules import DiscreteConsistencyDistillation, EasyConsistencyTuning, VariationalScoreDistillation
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("methods/*.yaml"))
-KINDS = {"dscd_m": DiscreteConsistencyDistillation, "ect_cifar10": EasyConsistencyTuning}
-SOURCES = {"dscd_m": "Fig. 5c", "ect_cifar10": "App. E.3"}
-STEPS = {"dscd_m": 200_000, "ect_cifar10": 400_000}
+KINDS = {
+    "dscd_m": DiscreteConsistencyDistillation,
+    "ect_cifar10": EasyConsistencyTuning,
+    "scd_vsd_m": VariationalScoreDistillation,
+    "vsd_m": VariationalScoreDistillation,
+}
+SOURCES = {"dscd_m": "Fig. 5c", "ect_cifar10": "App. E.3", "scd_vsd_m": "Table 5", "vsd_m": "Table 5"}
+STEPS = {"dscd_m": 200_000, "ect_cifar10": 400_000, "scd_vsd_m": 20_000, "vsd_m": 20_000}
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -41,18 +46,27 @@ def test_numbers_of_the_paper(name):
         assert parameters / 1e6 == pytest.approx(55.73, abs=0.05)
         return
     assert init.backbone == same.backbone and init.teacher.init_args == same.teacher.init_args
-    for option in ("teacher_checkpoint", "guidance_range", "sigma_data", "P_mean", "P_std", "normalization", "c"):
+    options = ["teacher_checkpoint", "guidance_range", "sigma_data"]
+    if name != "vsd_m":  # the times at which there is a tangent
+        options += ["P_mean", "P_std", "normalization", "c"]
+    for option in options:
         assert getattr(init, option) == getattr(same, option)
     if name == "dscd_m":
         assert (init.N, init.sigma_min, init.sigma_max, init.rho) == (1024, 0.002, 80, 7)
         assert init.guidance_scale == 1.3 and run.model.times == [math.atan(160), 1.1]
+    else:
+        assert (init.vsd_P_mean, init.vsd_P_std, init.fake_P_mean, init.fake_P_std) == (0.4, 2.0, -0.8, 1.6)
+        assert init.adaptive and init.lambda_vsd == 1 and init.scd == (name == "scd_vsd_m")
+        assert run.model.times == pytest.approx([math.atan(160), 1.1][: 1 + init.scd])
+        assert init.guidance_scale == (1.0 if init.scd else 1.1)
+        assert any(isinstance(c, TangentWarmup) for c in run.trainer.callbacks) == init.scd
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_file_is_short_and_says_where_its_numbers_come_from(name):
     """As the paper's own runs."""
     lines = (CONFIGS / "methods" / f"{name}.yaml").read_text().splitlines()
-    assert 20 <= len(lines) <= 37 and max(map(len, lines)) <= 120
+    assert 20 <= len(lines) <= 41 and max(map(len, lines)) <= 120
     assert lines[0].startswith("#") and SOURCES[name] in lines[0] and "ot printed" in lines[1]
     text = "\n".join(lines)
     assert f"runs/{name}\n" in text and f"dirpath: runs/{name}," in text

@@ -7,6 +7,7 @@ from sclightning.modules.discrete import (
     DiscreteConsistencyTraining,
     EasyConsistencyTuning,
 )
+from sclightning.modules.vsd import VariationalScoreDistillation
 
 __all__ = [
     "ConsistencyDistillation",
@@ -15,4 +16,5 @@ __all__ = [
     "DiscreteConsistencyTraining",
     "EasyConsistencyTuning",
     "TrigFlowDiffusion",
+    "VariationalScoreDistillation",
 ]
