@@ -243,13 +243,7 @@ class Block(nn.Module):
         self.proj = _xavier(Conv2d(c_out, c_out, 1), gain=1e-5) if attention else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv0(resample(nnF.silu(self.norm0(x)), self.resample))
-        modulation = self.modulation(emb)
-        if self.double_norm:
-            scale, shift = modulation.chunk(2, dim=1)
-            h = self.norm1(h) * pixel_norm(scale)[..., None, None] + pixel_norm(shift)[..., None, None]
-        else:
-            h = self.norm1(h + modulation[..., None, None])
+        h = self.modulate(self.conv0(resample(nnF.silu(self.norm0(x)), self.resample)), emb)
         h = self.conv1(nnF.dropout(nnF.silu(h), self.dropout, self.training))
         x = resample(x, self.resample)
         x = (h + (x if self.skip is None else self.skip(x))) * math.sqrt(0.5)
@@ -259,6 +253,14 @@ class Block(nn.Module):
             attended = jvp_attention(*qkv.unbind(1)).transpose(2, 3).reshape(B, C, H, W)
             x = (x + self.proj(attended)) * math.sqrt(0.5)
         return x
+
+    def modulate(self, h: Tensor, emb: Tensor) -> Tensor:
+        """Norm of the activations (B, C, H, W) with the embedding's say in it (Sec. 4.1); override it for another."""
+        modulation = self.modulation(emb)
+        if not self.double_norm:
+            return self.norm1(h + modulation[..., None, None])
+        scale, shift = modulation.chunk(2, dim=1)
+        return self.norm1(h) * pixel_norm(scale)[..., None, None] + pixel_norm(shift)[..., None, None]
 
 
 def _xavier(layer: nn.Linear | nn.Conv2d, gain: float = 1.0) -> nn.Linear | nn.Conv2d:

@@ -1,0 +1,48 @@
+"""Fig. 5a: raw, clipped and normalised tangents, distance of one and two steps over the training of sCD.
+
+Raw is df/dt as it comes, clipped is clip(df/dt, -1, 1), normalised is g / (‖g‖ + 0.1) with the L2 norm of a sample; the
+paper does not say which norm (Fig. 5b has the other).
+
+Usage: python benchmarks/figures/fig5a.py [--scale full] [--seeds 0 1 2] [--plot]
+"""
+
+from collections.abc import Sequence
+
+import common
+
+TANGENTS = {"raw": "none", "clipped": "clip", "normalised": "l2"}
+
+
+def compute(scale: str, seeds: Sequence[int]) -> dict:
+    """Train a student per tangent and seed, measure every checkpoint."""
+    result = {"tangents": {}}
+    for seed in seeds:  # the first seed of all tangents before the second of any: an interrupted run is of use
+        for name, normalization in TANGENTS.items():
+            run = common.student("scd", scale, seed, normalization=normalization)
+            entry = result["tangents"].setdefault(name, {"seeds": []})
+            entry["seeds"].append({"seed": seed, **common.curve(run), "tangent_norm": common.spread(run)})
+            entry["run"] = run.record
+    teacher = common.fit("teacher", scale)
+    return result | {"teacher": common.measure(teacher)[0], "floor": common.floor(teacher), "label": common.label(run)}
+
+
+def plot(result: dict, figure) -> None:
+    """Distance over iterations, one panel for each number of steps; thin lines are seeds."""
+    figure.set_size_inches(6.4, 2.6)
+    for axes, nfe in zip(figure.subplots(1, 2, sharey=True), (1, 2), strict=True):
+        for colour, (name, entry) in zip(("C3", "C1", "C0"), result["tangents"].items(), strict=True):
+            for i, seed in enumerate(entry["seeds"]):
+                axes.plot(seed["steps"], seed[f"fd_{nfe}step"], colour, lw=1, marker=".", label=None if i else name)
+        axes.axhline(result["teacher"]["fd"], color="grey", ls="--", label="teacher (35 evaluations)")
+        axes.set(title=f"{nfe}-step", xlabel="iterations", yscale="log", ylabel=common.DISTANCE if nfe == 1 else "")
+    axes.legend()
+
+
+def rows(result: dict) -> list[str]:
+    """Distances of one and two steps at the end, by seed."""
+    table = [common.seeds_row(name, entry["seeds"]) for name, entry in result["tangents"].items()]
+    return table + common.reference_rows(result)
+
+
+if __name__ == "__main__":
+    common.main("fig5a", __doc__, compute, plot, rows)

@@ -1,0 +1,67 @@
+"""Fig. 5b: adaptive weighting on and off, each with the L2 and the RMS norm in the tangent's normalisation.
+
+The paper writes ‖·‖ and leaves open which norm it is. Off means w_φ = 0: the loss is the plain mean square.
+
+Usage: python benchmarks/figures/fig5b.py [--scale full] [--seeds 0 1 2] [--plot]
+"""
+
+from collections.abc import Sequence
+
+import common
+import torch
+from torch import Tensor, nn
+
+NORMS = {"l2": "L2", "rms": "RMS"}
+
+
+class NoWeight(nn.Module):
+    """w_φ = 0."""
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Zero for each time (B,)."""
+        return torch.zeros_like(t)
+
+
+def unweighted(cli):
+    cli.model.adaptive_weight = NoWeight()
+
+
+def compute(scale: str, seeds: Sequence[int]) -> dict:
+    """Train a student per norm, weighting and seed, measure every checkpoint."""
+    result = {"norms": {name: {"on": [], "off": []} for name in NORMS}}
+    for seed in seeds:
+        for name in NORMS:
+            for weighting, edit in (("on", None), ("off", unweighted)):
+                run = common.student("scd", scale, seed, edit, normalization=name)
+                result["norms"][name][weighting].append({"seed": seed, **common.curve(run), "run": run.record})
+    teacher = common.fit("teacher", scale)
+    return result | {"teacher": common.measure(teacher)[0], "floor": common.floor(teacher), "label": common.label(run)}
+
+
+def plot(result: dict, figure) -> None:
+    """Distance over iterations, one panel a norm; thin lines are seeds."""
+    figure.set_size_inches(6.4, 2.6)
+    for axes, (norm, weightings) in zip(figure.subplots(1, 2, sharey=True), result["norms"].items(), strict=True):
+        for weighting, colour in (("on", "C0"), ("off", "C1")):
+            for i, seed in enumerate(weightings[weighting]):
+                for nfe, style in ((1, "-"), (2, ":")):
+                    name = None if i else f"adaptive weighting {weighting}, {nfe}-step"
+                    axes.plot(seed["steps"], seed[f"fd_{nfe}step"], colour, ls=style, lw=1, marker=".", label=name)
+        axes.axhline(result["teacher"]["fd"], color="grey", ls="--", label="teacher (35 evaluations)")
+        axes.set(title=f"{NORMS[norm]} norm", xlabel="iterations", yscale="log")
+        axes.set_ylabel(common.DISTANCE if norm == "l2" else "")
+    axes.legend()
+
+
+def rows(result: dict) -> list[str]:
+    """Distances of one and two steps at the end, by seed."""
+    table = [
+        common.seeds_row(f"{NORMS[norm]}, weighting {weighting}", seeds)
+        for norm, weightings in result["norms"].items()
+        for weighting, seeds in weightings.items()
+    ]
+    return table + common.reference_rows(result)
+
+
+if __name__ == "__main__":
+    common.main("fig5b", __doc__, compute, plot, rows)

@@ -1,0 +1,158 @@
+"""The figures' scripts: a small one end to end, variants that are what they say, a page that says what was run."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import randomize
+
+from sclightning.backbones import DDPMpp
+from sclightning.data.arrays import ArrayDataset
+from sclightning.modules import ConsistencyTraining
+from sclightning.trigflow import denoise, interpolate
+
+ROOT = Path(__file__).parent.parent
+NET = {"resolution": 8, "in_channels": 1, "channels": 8, "channel_mult": [1, 2], "num_blocks": 1}
+NET |= {"attention_resolutions": [4], "num_classes": 10}
+
+
+@pytest.fixture(autouse=True)
+def script(monkeypatch):
+    """Importer of the scripts, from the folder in which they are run."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks/figures"))
+    yield importlib.import_module
+    for name in ("common", "classifier", *(p.stem for p in (ROOT / "benchmarks/figures").glob("*.py"))):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def tiny(script, tmp_path, monkeypatch):
+    """A scale of four training steps on eighty images of noise."""
+    common, classifier = script("common"), script("classifier")
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (80, 1, 8, 8), dtype=np.uint8), np.arange(80) % 10
+
+    class Tiny(common.SmallFashionMNIST):
+        name = "tiny"
+
+        def read(self, split):
+            return ArrayDataset(images, labels)
+
+    monkeypatch.setattr(common, "Tiny", Tiny, raising=False)
+    monkeypatch.setitem(classifier.DATA, "tiny", (Tiny, 1))
+    monkeypatch.setitem(common.CONFIGS, "tiny", tmp_path)
+    monkeypatch.setattr(common, "PARTS", 2)
+    for folder in ("RUNS", "RESULTS", "PLOTS"):
+        monkeypatch.setattr(common, folder, tmp_path / folder.lower())
+    for kind in ("teacher", "scd", "sct"):
+        config = yaml.safe_load((ROOT / f"benchmarks/figures/small/{kind}.yaml").read_text())
+        config["model"]["init_args"] |= {"sigma_data": 0.58, "backbone": {"class_path": "DDPMpp", "init_args": NET}}
+        config["model"]["init_args"]["lr_scheduler"]["init_args"]["total_steps"] = 4
+        config["model"]["init_args"] |= {"steps": 3} if kind == "teacher" else {}
+        config["data"] = {"class_path": "common.Tiny", "init_args": {"batch_size": 8, "num_test_samples": 70}}
+        config["trainer"] |= {"max_steps": 4}
+        (tmp_path / f"{kind}.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def test_fig4_end_to_end(script, tiny, monkeypatch):
+    """Three teachers are trained once, the JSON holds the norms that finite differences give, the plot is drawn."""
+    common, fig4 = script("common"), script("fig4")
+    monkeypatch.setattr(fig4, "SAMPLES", 4)
+    monkeypatch.setattr(fig4, "TIMES", [0.1, 0.8, 1.5])
+    monkeypatch.setattr(sys, "argv", ["fig4.py", "--scale", "tiny"])
+    common.main("fig4", fig4.__doc__, fig4.compute, fig4.plot, fig4.rows)
+    result = json.loads((tiny / "results/fig4.json").read_text())["tiny"]
+    assert result["label"] == "8×8 Fashion-MNIST, 0.05 M parameters, CPU"
+    assert {"device", "versions", "commit"} <= result.keys()
+    assert (tiny / "plots/fig4_tiny.png").stat().st_size > 5_000
+
+    run = common.fit("teacher", "tiny", edit=fig4.edm_positional)
+    model = run.cli.model
+    model.load_state_dict(torch.load(run.checkpoint, weights_only=False)["state_dict"])
+    model.double().eval()
+    images, label = run.cli.datamodule.split("held_out").__getitems__(list(range(4)))
+    x_0 = images.double() / 127.5 - 1
+    z = 0.58 * torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).double()
+    row, h = result["t"].index(0.8), 1e-5
+    t = torch.full((4,), 0.8, dtype=torch.float64)
+
+    @torch.no_grad()
+    def f(x_t, t):
+        return denoise(model(x_t / 0.58, t, label), x_t, t, 0.58)
+
+    x_t = interpolate(x_0, z, t)
+    with torch.no_grad():
+        dx_t = 0.58 * model(x_t / 0.58, t, label)
+    along_x = (f(x_t + h * dx_t, t) - f(x_t - h * dx_t, t)) / (2 * h)
+    along_t = (f(x_t, t + h) - f(x_t, t - h)) / (2 * h)
+    network = result["networks"]["EDM, positional"]
+    assert network["grad_x"][row] == pytest.approx(along_x.flatten(1).norm(dim=1).mean().item(), rel=1e-4)
+    assert network["d_t"][row] == pytest.approx(along_t.flatten(1).norm(dim=1).mean().item(), rel=1e-4)
+    assert network["run"]["images"] == 32 and network["fd"] > 0
+
+    (tiny / "plots/fig4_tiny.png").unlink()
+    monkeypatch.setattr(common, "_train", None)  # nothing is trained again
+    monkeypatch.setattr(fig4, "compute", None)
+    monkeypatch.setattr(sys, "argv", ["fig4.py", "--scale", "tiny", "--plot"])
+    common.main("fig4", fig4.__doc__, fig4.compute, fig4.plot, fig4.rows)
+    assert (tiny / "plots/fig4_tiny.png").is_file()
+
+
+def test_students_of_fig5a(script, tiny, monkeypatch):
+    """Students of three tangents share one teacher; each has a distance for both checkpoints."""
+    fig5a = script("fig5a")
+    result = fig5a.compute("tiny", [0])
+    assert result["tangents"].keys() == {"raw", "clipped", "normalised"}
+    for entry in result["tangents"].values():
+        (curve,) = entry["seeds"]
+        assert curve["steps"] == [2, 4]
+        assert all(value > 0 for nfe in (1, 2) for value in curve[f"fd_{nfe}step"])
+    raw, normalised = (result["tangents"][name]["seeds"][0]["fd_1step"][-1] for name in ("raw", "normalised"))
+    assert raw != normalised
+    assert len([*(tiny / "runs").glob("teacher_*/record.json")]) == 1
+    assert result["floor"] == pytest.approx(script("common").floor(script("common").fit("teacher", "tiny")))
+
+
+def test_variants(script):
+    """AdaGN is norm(x)(1+s)+b; two dropout masks change the loss exactly where there is dropout; w_φ off is 0."""
+    ablations, fig5b = script("ablations"), script("fig5b")
+    block = next(iter(randomize(DDPMpp(**NET)).decoder.values()))
+    h, emb = torch.randn(2, 16, 4, 4), torch.randn(2, 32)
+    scale, shift = block.modulation(emb)[:, :, None, None].chunk(2, dim=1)
+    block.__class__ = ablations.AdaGNBlock
+    torch.testing.assert_close(block.modulate(h, emb), block.norm1(h) + scale * block.norm1(h) + shift)
+
+    x_0, z = torch.randn(2, 8, 1, 8, 8)
+    t, label = torch.linspace(0.2, 1.4, 8), torch.arange(8)
+    for dropout in (0.0, 0.5):
+        model = ConsistencyTraining(randomize(DDPMpp(**NET, dropout=dropout)))
+        torch.manual_seed(0)
+        one = model.loss(x_0, z, t, label)
+        torch.manual_seed(0)
+        two = ablations.loss_of_two_masks(model, x_0, z, t, label)
+        torch.testing.assert_close(one.tangent_norm, two.tangent_norm)
+        assert torch.allclose(one.loss, two.loss) == (dropout == 0)
+    assert torch.equal(fig5b.NoWeight()(t), torch.zeros(8))
+
+
+def test_page_says_what_was_measured(script):
+    """Every row of every recorded figure is in docs/figures.md, and no figure counts as measured that was not."""
+    page = (ROOT / "docs/figures.md").read_text()
+    recorded = {
+        path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks/results/figures").glob("*.json")
+    }
+    for name in re.findall(r"^\| `(\w+)\.py` \|.*\| no \|$", page, flags=re.MULTILINE):
+        assert name not in recorded
+    for name, scales in recorded.items():
+        assert f"(figures/{name}.png)" in page and (ROOT / f"docs/figures/{name}.png").stat().st_size < 100_000
+        for result in scales.values():
+            assert result["label"] in page
+            for row in script(name).rows(result):
+                assert row in page
