@@ -139,6 +139,11 @@ def export(
     description = without_files(backbone or told.get("backbone"))
     if description is None:
         raise ValueError(f"{ckpt_path} does not say which network it holds; give --backbone its class_path, init_args.")
+    if told.get("segments", 1) > 1:
+        raise ValueError(
+            f"{ckpt_path} holds a model of {told['segments']} segments, whose steps an export does not have; sample it "
+            "with sclightning predict."
+        )
     if "times" not in told:
         raise ValueError(
             f"{ckpt_path} holds no consistency model, only those have a generator; export a student of it."

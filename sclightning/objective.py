@@ -39,6 +39,7 @@ def consistency_loss(
     c: float = 0.1,
     normalization: Normalization = "l2",
     shared_primal: bool = True,
+    start: Tensor | None = None,
 ) -> ConsistencyLoss:
     r"""Objective of sCT and sCD (Eq. 8, Alg. 1), per sample.
 
@@ -54,10 +55,13 @@ def consistency_loss(
         c: Constant of the tangent normalisation.
         normalization: ``l2`` or ``rms`` norm in :func:`normalize`, ``clip`` for :func:`clip`, or ``none``.
         shared_primal: See :func:`forward_jvp`.
+        start: Times (B,) at which the consistency function's trajectories end, see :mod:`sclightning.segments`; 0, the
+            data, if not given.
     """
-    F, J = forward_jvp(network, x_t, dx_t, t, sigma_data, shared_primal=shared_primal)
-    g = tangent(F.detach(), J, x_t, dx_t, t, sigma_data, r)
-    return tangent_loss(F, g, t, w_phi, c, normalization)
+    u = t if start is None else t - start
+    F, J = forward_jvp(network, x_t, dx_t, t, sigma_data, shared_primal=shared_primal, u=u)
+    g = tangent(F.detach(), J, x_t, dx_t, u, sigma_data, r)
+    return tangent_loss(F, g, u, w_phi, c, normalization)
 
 
 def forward_jvp(
@@ -68,6 +72,7 @@ def forward_jvp(
     sigma_data: float,
     *,
     shared_primal: bool = True,
+    u: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Network output and its rearranged directional derivative along the PF-ODE (Sec. 5.1).
 
@@ -84,11 +89,13 @@ def forward_jvp(
             construction. Otherwise F comes from a second pass that replays the random state of the first: it works
             where reverse mode through a forward-mode pass does not (activation checkpointing, FSDP2 before torch 2.13).
             That is two graphs with the random state between them: ``torch.compile(fullgraph=True)`` needs one pass.
+        u: Times (B,) in the factor :math:`\cos u\sin u`, of which the network is not told; ``t`` if not given.
 
     Returns:
         ``F`` with its gradient and ``J`` without, both float32 or wider, shape (B, ...).
     """
-    cos_sin = t.cos() * t.sin()
+    u = t if u is None else u
+    cos_sin = u.cos() * u.sin()
     primals = (x_t / sigma_data, t)
     tangents = (expand_time(cos_sin, x_t) * dx_t, cos_sin * sigma_data)
     if shared_primal:

@@ -31,7 +31,7 @@ from sclightning.modules import (
     DiscreteConsistencyTraining,
     EasyConsistencyTuning,
 )
-from sclightning.objective import consistency_loss
+from sclightning.objective import consistency_loss, finite_mean
 from sclightning.sampling import karras_times
 from sclightning.trigflow import interpolate, rotate, velocity
 
@@ -215,6 +215,26 @@ def test_ect_gradient_becomes_that_of_a_normalised_tangent():
         (gradient,) = torch.autograd.grad(loss.sum(), shift)
         errors.append(relative([gradient * SIGMA_DATA * column(t.tan() - s.tan())], [wanted]))
     assert errors[0] / errors[1] == pytest.approx(2, abs=0.2) and errors[1] < 5e-3
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan, 1e200])
+def test_sample_that_is_not_finite_costs_no_other(bad):
+    """Its loss is NaN and its gradient zero; the others' are what they were. So it is in discrete time."""
+    network, weights = any_network()
+    x_t, dx_t, t = batch()
+    w_phi = torch.zeros_like(t)
+    broken = dx_t.clone()
+    broken[3] = bad
+    keep = torch.arange(len(t)) != 3
+    for evaluate in (
+        lambda dx_t: ect_loss(network, x_t, dx_t, t, 0.6 * t, SIGMA_DATA),
+        lambda dx_t: discrete_consistency_loss(network, w_phi, x_t, dx_t, t, 0.6 * t, SIGMA_DATA, normalization="none"),
+    ):
+        good, loss = evaluate(dx_t).loss, evaluate(broken).loss
+        assert loss.isnan().tolist() == (~keep).tolist() and torch.equal(loss[keep], good[keep])
+        wanted = torch.autograd.grad(good[keep].mean() * keep.sum(), weights)
+        found = torch.autograd.grad(finite_mean(loss) * keep.sum(), weights)
+        assert relative(found, wanted) < 1e-6  # finite_mean has its factor in float32
 
 
 # --- The modules ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from sclightning.backbones.layers import (
     GroupNorm,
     LabelEmbedding,
     PositionalEmbedding,
+    SegmentEmbedding,
     check_inputs,
     load_renamed,
     num_heads,
@@ -39,6 +40,8 @@ class DDPMpp(nn.Module):
         num_classes: Number of class labels; 0 for an unconditional network.
         guidance: Whether the network takes a guidance scale.
         augment_dim: Width of EDM's augmentation condition, passed as ``augment``; 0 for none.
+        segments: Segments of a multi-step consistency model, in which of them ``t`` is the network is told by a learned
+            embedding, see :mod:`sclightning.segments`.
         double_norm: Adaptive double normalisation ``norm(x) * pnorm(s) + pnorm(b)`` (Sec. 4.1) in place of the stock
             additive modulation ``norm(x + b)``.
     """
@@ -58,6 +61,7 @@ class DDPMpp(nn.Module):
         guidance: bool = False,
         augment_dim: int = 0,
         double_norm: bool = True,
+        segments: int = 1,
     ):
         super().__init__()
         if resolution % 2 ** (len(channel_mult) - 1):
@@ -75,6 +79,8 @@ class DDPMpp(nn.Module):
         self.augment_embedding = Linear(augment_dim, channels, bias=False) if augment_dim else None
         if guidance:
             nn.init.zeros_(self.guidance_embedding.weight)  # the teacher, whose weights come first, knows no guidance
+        self.segments = segments
+        self.segment_embedding = SegmentEmbedding(segments, channels) if segments > 1 else None
         self.map_layer0 = _xavier(Linear(channels, 4 * channels))
         self.map_layer1 = _xavier(Linear(4 * channels, 4 * channels))
 
@@ -148,6 +154,8 @@ class DDPMpp(nn.Module):
             emb = emb + self.label_embedding(label)
         if guidance is not None:
             emb = emb + self.guidance_embedding(self.time_embedding(guidance).to(x.dtype))
+        if self.segment_embedding is not None:
+            emb = emb + self.segment_embedding(t).to(x.dtype)
         if self.augment_embedding is not None:  # zeros rather than nothing: DDP wants a gradient of every parameter
             augment = x.new_zeros(len(x), self.augment_dim) if augment is None else augment
             emb = emb + self.augment_embedding(augment.to(x.dtype))
@@ -180,7 +188,7 @@ class DDPMpp(nn.Module):
 
         def rename(name: str) -> str | None:
             parts = name.split(".")
-            if parts[0] == "guidance_embedding" or (self.double_norm and "modulation" in parts):
+            if parts[0] in ("guidance_embedding", "segment_embedding") or (self.double_norm and "modulation" in parts):
                 return None
             return ".".join(_PUBLISHED.get(part, part) for part in parts).replace(
                 "out_", f"dec.{self.resolution}x{self.resolution}_aux_"

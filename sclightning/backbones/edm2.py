@@ -20,6 +20,7 @@ from sclightning.backbones.layers import (
     MPLinear,
     MPWeight,
     PositionalEmbedding,
+    SegmentEmbedding,
     check_inputs,
     is_channels_last,
     load_renamed,
@@ -48,6 +49,8 @@ class EDM2(nn.Module):
         dropout_resolution: Largest resolution that has dropout; all have it if not given.
         num_classes: Number of class labels; 0 for an unconditional network.
         guidance: Whether the network takes a guidance scale; it has no effect at initialisation.
+        segments: Segments of a multi-step consistency model, in which of them ``t`` is the network is told by a learned
+            embedding, see :mod:`sclightning.segments`.
         double_norm: Adaptive double normalisation ``norm(x) * pnorm(s)`` (Sec. 4.1) in place of EDM2's ``x * (1 + s)``.
         shift: A separate shift, ``norm(x) * pnorm(s) + pnorm(b)``: the formula of the paper's text, not its counts.
     """
@@ -67,6 +70,7 @@ class EDM2(nn.Module):
         guidance: bool = False,
         double_norm: bool = True,
         shift: bool = False,
+        segments: int = 1,
     ):
         super().__init__()
         if resolution % 2 ** (len(channel_mult) - 1):
@@ -86,6 +90,8 @@ class EDM2(nn.Module):
         self.guidance_linear = MPLinear(channels, emb_channels) if guidance else None
         # Zero: the teacher, whose weights come first, knows no guidance. Not a scalar: FSDP2 shards none.
         self.guidance_gain = nn.Parameter(torch.zeros(1)) if guidance else None
+        self.segments = segments
+        self.segment_embedding = SegmentEmbedding(segments, emb_channels) if segments > 1 else None
 
         def block(c_in: int, c_out: int, size: int, kind: Literal["encoder", "decoder"], **options) -> Block:
             return Block(
@@ -166,6 +172,8 @@ class EDM2(nn.Module):
         if guidance is not None:
             guidance_emb = self.guidance_linear(self.time_embedding(guidance.to(t.dtype)) * math.sqrt(2))
             emb = emb + guidance_emb * self.guidance_gain
+        if self.segment_embedding is not None:
+            emb = emb + self.segment_embedding(t)
         return mp_silu(emb)
 
     def normalize_weights(self) -> None:
@@ -190,7 +198,7 @@ class EDM2(nn.Module):
         Raises:
             ValueError: If a weight is missing or of another shape, as for a network of another size.
         """
-        fresh = {"time_linear", "guidance_linear", "guidance_gain"}
+        fresh = {"time_linear", "guidance_linear", "guidance_gain", "segment_embedding"}
         if self.double_norm:
             fresh.add("modulation")
 

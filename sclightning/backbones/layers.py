@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sclightning.ops import conv2d, linear
 from sclightning.parallelize import local
+from sclightning.segments import segment_index
 
 
 class PositionalEmbedding(nn.Module):
@@ -99,6 +100,25 @@ class LabelEmbedding(nn.Module):
     def forward(self, label: Tensor) -> Tensor:
         """Embed labels (B,) of int64 in [-1, num_classes) as (B, channels)."""
         return self.weight[label.clamp_min(0)] * (label >= 0).to(self.weight.dtype)[:, None]
+
+
+class SegmentEmbedding(nn.Module):
+    """Learned embedding of the segment that a time is in; zero at first, since the teacher has none.
+
+    A function of t that is as smooth as the time embedding cannot jump where one segment ends and another starts.
+
+    Args:
+        segments: Number of segments, see :mod:`sclightning.segments`.
+        channels: Width of the embedding.
+    """
+
+    def __init__(self, segments: int, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(segments, channels))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embed times (B,) as (B, channels)."""
+        return self.weight[segment_index(t, len(self.weight))]
 
 
 class AdaptiveWeight(nn.Module):

@@ -52,13 +52,15 @@ class TangentMonitor(L.Callback):
         """Refuse a module without tangent.
 
         Raises:
-            ValueError: If the module is no consistency model.
+            ValueError: If the module is no consistency model, or one of several segments.
         """
         if not isinstance(pl_module, ConsistencyModel):
             raise ValueError(
                 f"TangentMonitor measures the tangent of a consistency model, which {type(pl_module).__name__} has "
                 "not; leave the callback out."
             )
+        if getattr(pl_module, "segments", 1) > 1:
+            raise ValueError("TangentMonitor knows the tangent of one segment only; leave the callback out.")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Arrange the charts."""

@@ -7,6 +7,7 @@ from sclightning.modules.discrete import (
     DiscreteConsistencyTraining,
     EasyConsistencyTuning,
 )
+from sclightning.modules.multistep import MultistepConsistencyDistillation
 from sclightning.modules.vsd import VariationalScoreDistillation
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "DiscreteConsistencyDistillation",
     "DiscreteConsistencyTraining",
     "EasyConsistencyTuning",
+    "MultistepConsistencyDistillation",
     "TrigFlowDiffusion",
     "VariationalScoreDistillation",
 ]

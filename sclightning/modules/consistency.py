@@ -110,7 +110,11 @@ class ConsistencyModel(TrigFlowModule):
             c=self.c,
             normalization=self.normalization,
             shared_primal=self._one_pass,
+            start=self.start_time(t),
         )
+
+    def start_time(self, t: Tensor) -> Tensor | None:
+        """Times (B,) at which the trajectories from ``t`` end; not given if it is the data."""
 
     @functools.cached_property
     def _one_pass(self) -> bool:
@@ -356,7 +360,7 @@ def load_backbone(backbone: nn.Module, checkpoint: str | None) -> nn.Module:
     """Load the backbone's weights out of a checkpoint of a module: the averaged ones where it was trained with EMA.
 
     Args:
-        backbone: Network to fill. Parameters of a guidance input, which the checkpoint may lack, stay as they are.
+        backbone: Network to fill. Those of a guidance or segment embedding, which the checkpoint may lack, stay.
         checkpoint: Path of a Lightning checkpoint, a file or a folder of shards; with None the network stays as it is.
 
     Returns:
@@ -377,7 +381,7 @@ def load_backbone(backbone: nn.Module, checkpoint: str | None) -> nn.Module:
     state = backbone_weights(read_checkpoint(checkpoint))
     own = backbone.state_dict()
     wrong = [k for k in state if k not in own or own[k].shape != state[k].shape]
-    wrong += [k for k in own if k not in state and "guidance" not in k]
+    wrong += [k for k in own if k not in state and not any(word in k for word in ("guidance", "segment"))]
     if wrong:
         raise ValueError(
             f"The teacher checkpoint {checkpoint} holds another network than the config describes ({len(wrong)} "
