@@ -14,6 +14,7 @@ from sclightning.adapters import EDM, FlowMatching, VelocityAdapter
 from sclightning.backbones import EDM2, DDPMpp
 from sclightning.callbacks import JVPSelfCheck, TangentWarmup
 from sclightning.modules import ConsistencyDistillation, ConsistencyTraining, TrigFlowDiffusion
+from sclightning.modules.vsd import VariationalScoreDistillation
 from sclightning.ops import jvp_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning", "ignore::FutureWarning")
@@ -226,6 +227,15 @@ def test_a_rule_that_only_the_compiler_ignores_is_found(quiet, tmp_path, caplog)
     first, second = [r.message for r in caplog.records if "JVPSelfCheck" in r.message]
     assert "compiled step is off by" in first and "compiled step not looked at" in second
     assert warmups == pytest.approx([0.0, 0.1])
+
+
+def test_a_step_of_its_own_is_not_compared(quiet, tmp_path, caplog):
+    """That of sCD + VSD compiles another loss, of more draws; its network is looked at all the same."""
+    module = VariationalScoreDistillation(Host(), scd=True, teacher=Host(), compile={"backend": "eager"})
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        fit(module, quiet, tmp_path, JVPSelfCheck(), max_steps=1)
+    (line,) = [r.message for r in caplog.records if "JVPSelfCheck" in r.message]
+    assert "0.1% in torch.float64; the compiled step not looked at, VariationalScoreDistillation has one" in line
 
 
 def test_bad_arguments_and_modules_are_refused(make_plain_net, quiet, tmp_path):

@@ -33,8 +33,9 @@ class TangentMonitor(L.Callback):
     term with a line per bin, and one for each bin with a line per term.
 
     Images, noise, times, labels, guidance, dropout masks and weights are those of the training step, and the step is
-    none the wiser. A measurement takes two forward-mode passes without gradient and one of the teacher, never compiled,
-    about the time of one step. Bins without a finite sample are left out of it.
+    none the wiser. (Of a model in discrete time it is the tangent in the limit of short steps, of sCD + VSD that under
+    another dropout mask.) A measurement takes two forward-mode passes without gradient and one of the teacher, never
+    compiled, about the time of one step. Bins without a finite sample are left out of it.
 
     Args:
         every_n_steps: Optimizer steps from one measurement to the next.
