@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -151,10 +151,14 @@ class ConsistencyModel(TrigFlowModule):
 
     def sampler(self, noise: Tensor, label: Tensor | None) -> Tensor:
         """Consistency sampling at ``times`` from unit noise (len(times), B, C, H, W)."""
+        return consistency(self._conditioned(noise, label), noise, self.times, self.sigma_data)
+
+    def _conditioned(self, noise: Tensor, label: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+        """The network ``F(x, t)`` at labels and the guidance scale of sampling, for noise (n, B, C, H, W)."""
         guidance = None
         if self.guidance_scale is not None:
             guidance = noise.new_full((noise.shape[1],), self.guidance_scale)
-        return consistency(lambda x, t: self(x, t, label, guidance), noise, self.times, self.sigma_data)
+        return lambda x, t: self(x, t, label, guidance)
 
 
 class ConsistencyTraining(ConsistencyModel):

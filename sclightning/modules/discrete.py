@@ -18,7 +18,7 @@ from sclightning.discrete import (
 from sclightning.modules.consistency import ConsistencyDistillation, ConsistencyModel, ConsistencyTraining
 from sclightning.objective import ConsistencyLoss
 from sclightning.sampling import T_MAX
-from sclightning.trigflow import interpolate, velocity
+from sclightning.trigflow import interpolate
 
 
 class DiscreteTime(ConsistencyModel):
@@ -158,10 +158,6 @@ class EasyConsistencyTuning(ConsistencyModel):
         dx_t = self.velocity(x_t, x_0, z, t, label, guidance)
         return ect_loss(lambda x, t: self(x, t, label), x_t, dx_t, t, s, self.sigma_data, c=self.c)
 
-    def velocity(
-        self, x_t: Tensor, x_0: Tensor, z: Tensor, t: Tensor, label: Tensor | None, guidance: Tensor | None
-    ) -> Tensor:
-        """Conditional velocity of the interpolation between ``x_0`` and ``z``."""
-        return velocity(x_0, z, t)
+    velocity = ConsistencyTraining.velocity
 
     _one_pass = False

@@ -52,7 +52,4 @@ class MultistepConsistencyDistillation(ConsistencyDistillation):
                 f"A model of {self.segments} segments takes the {self.segments} steps of its segments and no others; "
                 "leave steps and search of the evaluation out (--evaluation.steps=null)."
             )
-        guidance = None
-        if self.guidance_scale is not None:
-            guidance = noise.new_full((noise.shape[1],), self.guidance_scale)
-        return ddim(lambda x, t: self(x, t, label, guidance), noise[0], [*self.times, 0.0], self.sigma_data)
+        return ddim(self._conditioned(noise, label), noise[0], [*self.times, 0.0], self.sigma_data)
