@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import tempfile
 import time
 import zipfile
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import webdataset
+from provenance import commit
 from torch.utils.data import DataLoader, Dataset
 
 from sclightning.data.arrays import EndlessSampler
@@ -129,14 +129,13 @@ def main() -> None:
         format_: np.median(np.divide(rates["arrays"], rates[format_]), axis=0) for format_ in ("zip", "webdataset")
     }
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "load_average_15_minutes": os.getloadavg()[2],
         "python": platform.python_version(),
         "versions": {package: version(package) for package in ("torch", "numpy", "webdataset")},
-        "commit": commit or None,
+        "commit": commit(),
         "items": args.items,
         "bytes_per_item": int(np.prod(SHAPE)) * 2,
         "batch": BATCH,

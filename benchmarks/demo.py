@@ -11,7 +11,6 @@ Usage: python benchmarks/demo.py
 
 import json
 import platform
-import subprocess
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from classifier import train as train_classifier
 from PIL import Image, ImageDraw
+from provenance import commit
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -110,9 +110,8 @@ def main() -> None:
     figures["floor"] = {"fd": to_training_half(held_out, classifier), "fd_training_half": 0.0, "nfe": 0}
     picture()
     figures["seconds"] = round(time.time() - start, 1)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     figures["machine"] = {"cpu_threads": torch.get_num_threads(), "processor": platform.machine()}
-    figures["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
+    figures["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit()}
     (OUT / "demo.json").write_text(json.dumps(figures, indent=2) + "\n")
     report(figures)
 

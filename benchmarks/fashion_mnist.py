@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import yaml
 from demo import draw
+from provenance import commit
 from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -232,12 +233,6 @@ def test(kind: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     np.savez_compressed(folder / kind / "samples.npz", label=label.astype(np.uint8), **samples)
     about = ("device", "versions", "extractor", "reference")
     return {"rows": rows, **{name: found[name] for name in about}}
-
-
-def commit() -> str | None:
-    """Commit of the working tree, if it is one."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------

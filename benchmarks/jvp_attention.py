@@ -12,12 +12,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import triton
+from provenance import commit
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -252,11 +252,10 @@ def main() -> None:
     options = parser.parse_args()
     only = options.only or ["attention", "cosine", "block"]
     torch.manual_seed(0)
-    commit = subprocess.run(["git", "rev-parse", "-q", "--verify", "HEAD"], capture_output=True, text=True)
     machine = limits()
     report = {
         "device": torch.cuda.get_device_name(),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "limits": machine,
         "results": [],
         "blocks": [],

@@ -8,11 +8,11 @@ Usage: python benchmarks/networks.py [--out benchmarks/results/networks.json]
 
 import argparse
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from provenance import commit
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -113,11 +113,10 @@ def main() -> None:
     for name, costs in results["networks"].items():
         print(name, json.dumps({k: v for k, v in costs.items() if k != "state_gb"}))
     if torch.cuda.is_available():
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         results["tangent_error"] = {
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
-            "commit": commit or None,
+            "commit": commit(),
             **precision_of_the_tangent(),
         }
         print(results["tangent_error"])

@@ -19,7 +19,6 @@ import itertools
 import json
 import multiprocessing
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +33,7 @@ import lightning as L
 import numpy as np
 import torch
 from dit import DiT
+from provenance import commit
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as nnF
@@ -486,11 +486,10 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.out.read_text()) if args.out.exists() else {"networks": {}}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     results |= {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "torch": torch.__version__,
-        "commit": commit or None,
+        "commit": commit(),
         "precision": f"{args.dtype} autocast".removeprefix("torch."),
         "channels_last": args.channels_last,
         "cudnn_benchmark": args.cudnn_benchmark,

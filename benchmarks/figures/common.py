@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import json
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +37,7 @@ from sclightning.metrics import ClassifierFeatures
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import classifier  # noqa: E402
+import provenance  # noqa: E402
 
 RUNS, RESULTS, PLOTS = Path("runs/figures"), ROOT / "benchmarks/results/figures", ROOT / "docs/figures"
 CONFIGS = {"small": ROOT / "benchmarks/figures/small", "full": ROOT / "configs/fashion_mnist"}
@@ -238,12 +238,10 @@ def classifier_weights(data: str) -> Path:
 
 def machine() -> dict[str, Any]:
     """Device, versions and commit of a result."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()}, {torch.get_num_threads()} thread)"
     versions = {name: version(name) for name in ("torch", "lightning", "torchmetrics", "torch-fidelity")}
-    return {"device": device, "versions": versions, "commit": commit or None}
+    return {"device": device, "versions": versions, "commit": provenance.commit()}
 
 
 def label(run: Run) -> str:
