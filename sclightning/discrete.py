@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sclightning.objective import ConsistencyLoss, Normalization, tangent_loss
+from sclightning.objective import ConsistencyLoss, Normalization, finite_or_nan, tangent_loss
 from sclightning.trigflow import denoise, expand_time, rotate, sigma_to_time, time_to_sigma
 
 
@@ -197,10 +197,7 @@ def ect_loss(
     x_s = rotate(x_t, dx_t / sigma_data, t, s, sigma_data)
     F, F_s = two_passes(network, x_t / sigma_data, t, x_s / sigma_data, s)
     difference = denoise(F, x_t, t, sigma_data) - denoise(F_s, x_s, s, sigma_data)
-    square = difference.detach().square().flatten(1)
-    finite = square.sum(1).isfinite()  # another sample has the loss NaN and no gradient, as in weighted_loss
-    difference = torch.where(finite.view(-1, *[1] * (x_t.ndim - 1)), difference, 1.0)
     step = time_to_sigma(t, sigma_data) - time_to_sigma(s, sigma_data)
-    loss = ((difference.square().flatten(1).sum(1) + c**2).sqrt() - c) / step
-    loss = torch.where(finite, loss, torch.nan)
-    return ConsistencyLoss(loss, square.mean(1).sqrt() * t.cos() / (t - s).sin())
+    loss = finite_or_nan(lambda d, step: ((d.square().flatten(1).sum(1) + c**2).sqrt() - c) / step, difference, step)
+    size = difference.detach().square().flatten(1).mean(1).sqrt()
+    return ConsistencyLoss(loss, size * t.cos() / (t - s).sin())

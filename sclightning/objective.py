@@ -22,7 +22,7 @@ class ConsistencyLoss(NamedTuple):
     loss: Tensor
     """Eq. 8 per sample. Its value is no measure of quality: the residual is always minus the normalised tangent.
 
-    NaN, without a gradient, where it is not finite: see :func:`weighted_loss`."""
+    NaN, without a gradient, where it is not finite: see :func:`finite_or_nan`."""
     tangent_norm: Tensor
     """Root mean square of the tangent before normalisation, detached: the quantity to watch."""
 
@@ -258,27 +258,27 @@ def weighted_loss(residual: Tensor, w_phi: Tensor) -> Tensor:
 
     Minimal in :math:`w` where :math:`\frac{e^w}{D} E\lVert\Delta\rVert^2 = 1`, so that all times weigh the same.
 
-    A sample whose loss is not finite has the loss NaN, which :func:`finite_mean` leaves out, and a gradient of exactly
-    zero. So a tangent or a teacher's velocity that overflowed costs that sample and no other. What this cannot mask is
-    a network whose own activations are not finite: they turn the zero into NaN on its way back, 0 · NaN, in the weights
-    that all samples share.
-
     Args:
         residual: Shape (B, ...); D is the number of elements of a sample.
         w_phi: Adaptive weight, shape (B,).
 
     Returns:
-        Shape (B,).
+        Shape (B,), by the rule of :func:`finite_or_nan`.
     """
-    finite = _weighted_square(residual.detach(), w_phi.detach()).isfinite()
-    # Before the square, whose own derivative there would be NaN, times zero or not.
-    residual = torch.where(finite.view(-1, *[1] * (residual.ndim - 1)), residual, 0.0)
-    loss = _weighted_square(residual, torch.where(finite, w_phi, 0.0))
-    return torch.where(finite, loss, torch.nan)
+    return finite_or_nan(lambda residual, w: w.exp() * residual.square().flatten(1).mean(1) - w, residual, w_phi)
 
 
-def _weighted_square(residual: Tensor, w_phi: Tensor) -> Tensor:
-    return w_phi.exp() * residual.square().flatten(1).mean(1) - w_phi
+def finite_or_nan(loss: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """A loss (B,) of ``inputs`` (B, ...), sample by sample: NaN, its gradient exactly zero, where it is not finite.
+
+    :func:`finite_mean` leaves that out. So a tangent or a teacher's velocity that overflowed costs its sample and no
+    other. What this cannot mask is a network whose own activations are not finite: they turn the zero into NaN on its
+    way back, 0 · NaN, in the weights that all samples share.
+    """
+    finite = loss(*(x.detach() for x in inputs)).isfinite()
+    # Before the loss, whose own derivative there may be NaN, times zero or not: the way back ends here.
+    inputs = [torch.where(finite.view(-1, *[1] * (x.ndim - 1)), x, 0.0) for x in inputs]
+    return torch.where(finite, loss(*inputs), torch.nan)
 
 
 def finite_mean(values: Tensor) -> Tensor:
