@@ -120,6 +120,38 @@ def test_students_of_fig5a(script, tiny, monkeypatch):
     assert result["floor"] == pytest.approx(script("common").floor(script("common").fit("teacher", "tiny")))
 
 
+def test_curves_of_fig7(script, tiny):
+    """Teacher and students have three metrics at every guidance scale: those of their samples at that scale."""
+    common, fig7 = script("common"), script("fig7")
+    result = fig7.compute("tiny", [0])
+    names = ["teacher", "VSD, 1-step", "sCD, 1-step", "sCD, 2-step", "sCD + VSD, 1-step", "sCD + VSD, 2-step"]
+    assert list(result["models"]) == names and len(fig7.rows(result)) == len(names)
+    assert all(len(entry[metric]) == 6 for (entry,) in result["models"].values() for metric in fig7.METRICS)
+    unguided = common.measure(fig7.teacher("tiny"))[0]["fd"]
+    (teacher,) = result["models"]["teacher"]
+    assert teacher["fd"][0] == pytest.approx(unguided, rel=1e-4) != teacher["fd"][-1]
+
+    run = fig7.student("sCD + VSD", "tiny", 0)
+    model = run.cli.model
+    model.load_state_dict(torch.load(run.checkpoint, weights_only=False)["state_dict"])
+    extractor = common.ClassifierFeatures(str(common.classifier_weights("tiny"))).eval()
+    real = run.cli.datamodule.split("held_out")
+    model.guidance_scale = 2.0
+    samples = run.cli.datamodule.to_uint8(model.sample(range(70), (1, 8, 8), torch.arange(70) % 10))
+    with torch.no_grad():
+        images = (extractor(torch.from_numpy(real.images)).double(), extractor(samples).double())
+    covered = []
+    for centres, points in (images, images[::-1]):
+        radius = torch.cdist(centres, centres).topk(4, largest=False).values[:, 3]  # the nearest is itself
+        covered.append((torch.cdist(points, centres) <= radius).any(1).double().mean().item())
+    means, covariances = zip(*((f.mean(0), f.T.cov()) for f in images), strict=True)
+    roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt()
+    fd = (means[0] - means[1]).square().sum() + sum(c.trace() for c in covariances) - 2 * roots.sum()
+    (entry,) = result["models"]["sCD + VSD, 2-step"]
+    assert (entry["precision"][-1], entry["recall"][-1]) == pytest.approx(covered, abs=0.5 / 70)
+    assert entry["fd"][-1] == pytest.approx(fd.item(), rel=1e-4)
+
+
 def test_variants(script):
     """AdaGN is norm(x)(1+s)+b; two dropout masks change the loss exactly where there is dropout; w_φ off is 0."""
     ablations, fig5b = script("ablations"), script("fig5b")

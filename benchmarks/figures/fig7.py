@@ -1,0 +1,98 @@
+"""Fig. 7: precision, recall and distance against the guidance scale, for the teacher, VSD, sCD and sCD + VSD.
+
+Students are told the scale, drawn from [1, 2] for each training sample; the teacher is guided without its label. VSD is
+the adaptive form (Alg. 3), which the paper does not say of Fig. 7. One-step VSD, the others in one and two steps.
+
+Usage: python benchmarks/figures/fig7.py [--scale full] [--seeds 0 1 2] [--plot]
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import common
+
+from sclightning.sampling import T_MAX
+
+SCALES = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
+VSD = "sclightning.modules.VariationalScoreDistillation"
+TWO_STEPS = [T_MAX, 1.1]
+STUDENTS = {
+    "VSD": {"class_path": VSD},
+    "sCD": {},
+    "sCD + VSD": {"class_path": VSD, "scd": True, "times": TWO_STEPS},
+}
+METRICS = {"precision": "precision", "recall": "recall", "fd": common.DISTANCE}
+COLOURS = {"teacher": "k", "VSD": "C1", "sCD": "C0", "sCD + VSD": "C2"}
+
+
+def teacher(scale: str) -> common.Run:
+    """The figures' teacher, which must have been trained with dropped labels."""
+    return common.fit("teacher", scale, label_dropout=0.1)
+
+
+def student(name: str, scale: str, seed: int) -> common.Run:
+    """A student with a guidance input, of a teacher that has none."""
+    run = teacher(scale)
+    return common.fit(
+        "scd",
+        scale,
+        seed,
+        **STUDENTS[name],
+        normalization="l2",
+        teacher=run.cli.config.model.init_args.backbone.as_dict(),
+        teacher_checkpoint=run.checkpoint,
+        backbone__guidance=True,
+        guidance_range=[1.0, 2.0],
+    )
+
+
+def curves(run: common.Run, steps: Sequence[int] | None = None) -> dict[int, dict[str, Any]]:
+    """All three metrics over the guidance scales by number of evaluations; none where samples are not finite."""
+    measured = common.measure(run, steps, SCALES, ["precision_recall"])
+    found = {(r["nfe"], r["guidance_scale"]): r for r in measured}
+    return {
+        nfe: {metric: [found.get((nfe, scale), {}).get(metric) for scale in SCALES] for metric in METRICS}
+        for nfe in steps or [run.cli.model.nfe]
+    }
+
+
+def compute(scale: str, seeds: Sequence[int]) -> dict:
+    """Train the students of every seed, measure them and the teacher at every guidance scale."""
+    run = teacher(scale)
+    result = {"guidance": SCALES, "models": {"teacher": [*curves(run).values()]}}
+    for seed in seeds:
+        for name in STUDENTS:
+            trained = student(name, scale, seed)
+            for nfe, curve in curves(trained, [1] if name == "VSD" else [1, 2]).items():
+                entry = {"seed": seed, **curve, "run": trained.record}
+                result["models"].setdefault(f"{name}, {nfe}-step", []).append(entry)
+    return result | {"floor": common.floor(run), "label": common.label(run)}
+
+
+def plot(result: dict, figure) -> None:
+    """One panel a metric; dotted lines are two steps, thin lines seeds."""
+    figure.set_size_inches(8, 2.6)
+    panels = figure.subplots(1, 3)
+    for axes, (metric, title) in zip(panels, METRICS.items(), strict=True):
+        for name, entries in result["models"].items():
+            colour, style = COLOURS[name.split(",")[0]], ":" if name.endswith("2-step") else "-"
+            for i, entry in enumerate(entries):
+                label = None if i else name
+                axes.plot(result["guidance"], entry[metric], colour, ls=style, lw=1, marker=".", label=label)
+        axes.set(xlabel="guidance scale", title=title.replace("\n", " "))
+    panels[-1].set_yscale("log")
+    panels[0].legend(fontsize=6)
+
+
+def rows(result: dict) -> list[str]:
+    """Precision, recall and distance at the least and the greatest scale, by seed."""
+    ends = [
+        [[e[metric][i] for e in entries] for entries in result["models"].values()]
+        for metric in METRICS
+        for i in (0, -1)
+    ]
+    return [common.row(name, *cells) for name, *cells in zip(result["models"], *ends, strict=True)]
+
+
+if __name__ == "__main__":
+    common.main("fig7", __doc__, compute, plot, rows)
