@@ -16,13 +16,23 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TINY, PlainNet, randomize
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sclightning.backbones import EDM2, DDPMpp
-from sclightning.callbacks import EMA
-from sclightning.modules import ConsistencyDistillation, ConsistencyTraining, TrigFlowDiffusion
+from sclightning.callbacks import EMA, GradientNorm, TangentMonitor
+from sclightning.callbacks.tangent_monitor import TERMS, tangent_norms
+from sclightning.modules import (
+    ConsistencyDistillation,
+    ConsistencyTraining,
+    DiscreteConsistencyDistillation,
+    EasyConsistencyTuning,
+    MultistepConsistencyDistillation,
+    TrigFlowDiffusion,
+    VariationalScoreDistillation,
+)
 from sclightning.modules.consistency import load_backbone
 from sclightning.parallelize import blocks, checkpoint_blocks, full, is_sharded, local, shard_like
 
@@ -37,9 +47,13 @@ def network(seed=0, **options):
 
 def make(model, **options):
     optimizer = lambda p: torch.optim.Adam(p, lr=1e-2, eps=0.1)  # noqa: E731 - so large that rounding stays small
-    if model is ConsistencyDistillation:
+    if issubclass(model, ConsistencyDistillation):
         options["teacher"] = network(1)
-    return model(network(), sigma_data=SD, optimizer=optimizer, **options)
+    module = model(network(segments=options.get("segments", 1)), sigma_data=SD, optimizer=optimizer, **options)
+    if model is VariationalScoreDistillation:
+        randomize(module.fake, 2)  # unlike the student, as after some steps
+        module._normalize_weights()
+    return module
 
 
 def part(rank, batches=6):
@@ -90,8 +104,8 @@ def fit(module, strategy, callbacks=(), steps=1, loader=None, ckpt=None, **optio
     rank, devices = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, strategy=strategy, max_steps=steps, callbacks=list(callbacks),
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, **options,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, **{"logger": False} | options,
     )  # fmt: skip
     trainer.fit(module, part(rank) if loader is None else loader, ckpt_path=ckpt)
     return trainer
@@ -101,13 +115,12 @@ def sharding(folder=False):
     return ModelParallelStrategy(dist.get_world_size(), 1, save_distributed_checkpoint=folder)
 
 
-def joined(module, batches=1):
+def joined(module, batches=(0,), step=0):
     """Gradients of one process that sees the batches of both, with the noise of each."""
     losses = []
     for rank in (0, 1):
-        module.__class__ = type("Ranked", (type(module),), {"global_rank": rank})
-        for i, batch in zip(range(batches), part(rank), strict=False):
-            losses.append(module.training_step(batch, i))
+        module.__class__ = type("Ranked", (type(module),), {"global_rank": rank, "global_step": step})
+        losses += [module.training_step(batch, i) for i, batch in enumerate(part(rank)) if i in batches]
     parameters = [p for p in module.parameters() if p.requires_grad]
     return torch.autograd.grad(torch.stack(losses).mean(), parameters)
 
@@ -122,6 +135,13 @@ def same(found, expected, rtol=1e-4, atol=1e-6):
 # --- The checks, in two processes -------------------------------------------------------------------------------------
 
 MODELS = [TrigFlowDiffusion, ConsistencyTraining, ConsistencyDistillation]
+COMPARED = [  # what the paper compares with
+    (DiscreteConsistencyDistillation, {}),
+    (EasyConsistencyTuning, {}),
+    (VariationalScoreDistillation, {}),
+    (VariationalScoreDistillation, {"scd": True}),
+    (MultistepConsistencyDistillation, {"segments": 3}),
+]
 CHECKS = {}
 
 
@@ -151,6 +171,86 @@ def fsdp_gradients(folder):
 
 
 @check
+def ddp_gradients_of_the_compared(folder):
+    for model, options in COMPARED:
+        same(gradients_of(model, DDPStrategy(), **options), joined(make(model, **options)))
+
+
+@check
+def fsdp_gradients_of_the_compared(folder):
+    for model, options in COMPARED[::2]:  # sCD + VSD is below
+        same(gradients_of(model, sharding(), **options), joined(make(model, **options)))
+
+
+@check
+def both_networks_of_vsd_stay_in_step(folder):
+    """After two steps of sCD + VSD: on both processes the same, sharded or not what one process on all data has."""
+    alone = make(VariationalScoreDistillation, scd=True)
+    start = [p.detach().clone() for p in alone.parameters()]
+    optimizer = alone.configure_optimizers()
+    trained = [p for p in alone.parameters() if p.requires_grad]
+    for step in range(2):
+        for p, gradient in zip(trained, joined(alone, [step], step), strict=True):
+            p.grad = gradient
+        optimizer.step()
+        alone._normalize_weights()
+    assert all(p.requires_grad != torch.equal(p, was) for p, was in zip(alone.parameters(), start, strict=True))
+    for strategy in (DDPStrategy(), sharding()):
+        module = make(VariationalScoreDistillation, scd=True)
+        fit(module, strategy, steps=2)
+        weights = [full(p.detach()) for p in module.parameters()]
+        same(weights, [p.detach() for p in alone.parameters()])
+        found = [None, None]
+        dist.all_gather_object(found, torch.cat([w.flatten() for w in weights]))
+        assert torch.equal(*found)
+
+
+class Overflowing(nn.Module):
+    """A teacher whose velocity is infinite for one class, which only the second process has at the first step."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.label = network(1), part(1).dataset[0][1]
+
+    def forward(self, x, t, label):
+        return self.net(x, t, label) + torch.where(label == self.label, torch.inf, 0.0)[:, None, None, None]
+
+
+class Norms(L.Callback):
+    """Norms of the first step's tangent, a row for each sample."""
+
+    def on_after_backward(self, trainer, pl_module):
+        self.found = tangent_norms(pl_module, next(iter(part(trainer.global_rank))), 0)[1]
+
+
+@check
+def ddp_instruments(folder):
+    """One sample of four is not finite: the tangent's means are of the three others, the gradient as it is applied."""
+
+    def module():
+        made = ConsistencyDistillation(network(), teacher=Overflowing(), sigma_data=SD)
+        made._seen.add(made.teacher)  # which is not asked whether its first output is finite
+        return made
+
+    norms, logger = Norms(), CSVLogger(folder, "", "")
+    instruments = [norms, TangentMonitor(every_n_steps=1, bins=1), GradientNorm()]
+    trainer = fit(module(), DDPStrategy(), instruments, logger=logger, log_every_n_steps=1)
+    ranks = [None, None]
+    dist.all_gather_object(ranks, norms.found)
+    found = torch.cat(ranks)
+    finite = found.isfinite().all(1)
+    assert finite.tolist() == [True, True, False, True]
+    wanted = {f"tangent/{term}/t0.00-1.57": mean for term, mean in zip(TERMS, found[finite].mean(0), strict=True)}
+    wanted |= {"nonfinite_samples": 0.25, "gradient_norm": torch.cat([g.flatten() for g in joined(module())]).norm()}
+    if trainer.is_global_zero:
+        header, *lines = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
+        logged = {n: float(v) for line in lines for n, v in zip(header, line, strict=True) if v}
+        assert wanted.keys() == logged.keys() - {"epoch", "step", "loss", "tangent_norm"}
+        for name, value in wanted.items():
+            assert logged[name] == pytest.approx(float(value), rel=1e-4), name
+
+
+@check
 def fsdp_with_two_passes(folder):
     same(gradients_of(ConsistencyDistillation, sharding(), shared_primal=False), joined(make(ConsistencyDistillation)))
 
@@ -165,7 +265,7 @@ def fsdp_with_checkpointing(folder):
 def fsdp_accumulation(folder):
     """Two batches before a step: the mean over processes and batches."""
     found = gradients_of(ConsistencyDistillation, sharding(), accumulate=2)
-    same(found, joined(make(ConsistencyDistillation), batches=2))
+    same(found, joined(make(ConsistencyDistillation), batches=(0, 1)))
 
 
 @check
