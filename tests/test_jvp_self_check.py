@@ -12,10 +12,17 @@ from torch.utils.data import DataLoader
 
 from sclightning.adapters import EDM, FlowMatching, VelocityAdapter
 from sclightning.backbones import EDM2, DDPMpp
+from sclightning.backbones.layers import SegmentEmbedding
 from sclightning.callbacks import JVPSelfCheck, TangentWarmup
-from sclightning.modules import ConsistencyDistillation, ConsistencyTraining, TrigFlowDiffusion
+from sclightning.modules import (
+    ConsistencyDistillation,
+    ConsistencyTraining,
+    MultistepConsistencyDistillation,
+    TrigFlowDiffusion,
+)
 from sclightning.modules.vsd import VariationalScoreDistillation
 from sclightning.ops import jvp_attention
+from sclightning.sampling import T_MAX
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning", "ignore::FutureWarning")
 
@@ -197,6 +204,46 @@ def test_the_run_is_none_the_wiser(make_net, quiet, tmp_path):
         runs.append(torch.stack(rows))
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
     assert torch.equal(*runs)
+
+
+class Told(Host):
+    """The small network with an embedding of the segment that training has moved."""
+
+    def __init__(self, suspect=None):
+        super().__init__(suspect)
+        self.embedding = SegmentEmbedding(3, 8)
+        torch.nn.init.normal_(self.embedding.weight)
+
+    def forward(self, x, t):
+        h = self.first(x) + (self.embed(t)[:, None] + self.embedding(t))[..., None, None]
+        return self.last(self.inner(h) * self.gate)
+
+
+class NearTheBoundaries(MultistepConsistencyDistillation):
+    """Times at, above and below those at which one of three segments ends."""
+
+    def draw_time(self, x_0):
+        offset = torch.tensor([0.0, 1e-4, -1e-4, 1e-2])[: len(x_0)]
+        return T_MAX / 3 * torch.tensor([1, 1, 2, 2])[: len(x_0)] + offset
+
+
+def test_segments_are_no_error_and_hide_none(quiet, tmp_path, caplog):
+    """The jump where two meet is meant; a wrong rule beside it is found, in its layer and in the compiled step."""
+
+    def check(suspect, **options):
+        student = NearTheBoundaries(Told(Apply(suspect)), segments=3, teacher=Host(), **options)
+        fit(student, quiet, tmp_path, JVPSelfCheck(), max_steps=1)
+
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        check(torch.sin)
+    (line,) = [r.message for r in caplog.records if "JVPSelfCheck" in r.message]
+    assert "all layers agree to 5 % in torch.float32; to 0.1% in torch.float64." in line
+    for suspect in (Wrong.apply, SlightlyWrong.apply):
+        with pytest.raises(RuntimeError, match=r"tangent of inner\.1 \(Apply\) is off by"):
+            check(suspect)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match=r"compiled step are off by"):
+        check(Tripled.apply, compile={"backend": "eager"})
 
 
 class Warmups(L.Callback):

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from sclightning.adapters.process import time_span
 from sclightning.adapters.velocity import VelocityAdapter
+from sclightning.backbones.layers import SegmentEmbedding
 from sclightning.parallelize import is_sharded
 
 REMEDIES = {
@@ -164,7 +165,7 @@ def _check_modules(network: nn.Module, run: Callable, primals: tuple, tangents: 
         if busy:
             return
         copies, spec, state = entered.pop()
-        if all(step is None for _, step in copies):
+        if all(step is None for _, step in copies) or isinstance(module, SegmentEmbedding):  # stairs that are meant
             return
 
         def function(leaves: list) -> list[Tensor]:
