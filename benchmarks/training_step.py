@@ -322,7 +322,7 @@ def under_trainer(make: Callable, batch: int, args: argparse.Namespace, ready: C
         timer = Timer(first, last, ready)
         trainer = L.Trainer(
             accelerator="gpu" if args.device == "cuda" else "cpu",
-            devices=args.devices,
+            devices=[torch.cuda.current_device()] if args.device == "cuda" and args.devices == 1 else args.devices,
             strategy="ddp" if args.devices > 1 else "auto",
             precision={torch.float16: "16-mixed", torch.bfloat16: "bf16-mixed"}[args.dtype],
             max_steps=last,
@@ -377,9 +377,14 @@ def tried(*measurement: Any) -> dict:
         return {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
 
 
-def work(connection: Connection, *measurement: Any) -> None:
-    """One measurement in a process of its own, which says when it has compiled and waits for its turn."""
+def work(connection: Connection, index: int, *measurement: Any) -> None:
+    """One measurement in a process of its own, which says when it has compiled and waits for its turn.
+
+    The processes take the GPUs that there are in turn, so that more of them find room.
+    """
     warnings.filterwarnings("ignore")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(index % torch.cuda.device_count())
 
     def ready() -> None:
         gc.collect()
@@ -390,12 +395,15 @@ def work(connection: Connection, *measurement: Any) -> None:
     connection.send(tried(*measurement, ready))
 
 
-def together(jobs: list[tuple[str, str, str]], args: argparse.Namespace) -> Iterator[dict]:
-    """Measurements whose processes compile side by side and are timed one after the other, in their order."""
+def together(jobs: list[tuple[str, str, str]], args: argparse.Namespace, deadline: float) -> Iterator[dict]:
+    """Measurements whose processes compile side by side and are timed one after the other, in their order.
+
+    What has not compiled by ``deadline`` is given up, for the sake of the others.
+    """
     context, running = multiprocessing.get_context("spawn"), []
-    for job in jobs:
+    for index, job in enumerate(jobs):
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, *job, args))
+        process = context.Process(target=work, args=(theirs, index, *job, args))
         process.start()
         theirs.close()  # so that its death is an end of file here
         running.append((process, ours))
@@ -406,7 +414,13 @@ def together(jobs: list[tuple[str, str, str]], args: argparse.Namespace) -> Iter
         except EOFError:
             return {"failed": "the process died"}
 
-    compiled = [receive(connection) for _, connection in running]
+    compiled = []
+    for process, connection in running:
+        if connection.poll(max(0, deadline - time.monotonic())):
+            compiled.append(receive(connection))
+        else:
+            process.kill()
+            compiled.append({"failed": "not compiled in time"})
     for (process, connection), found in zip(running, compiled, strict=True):
         if found is None:
             connection.send(None)
@@ -465,7 +479,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training_step.json"))
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--seconds", type=float, default=540, help="begin no measurement after this time")
+    parser.add_argument("--seconds", type=float, default=540, help="neither begin nor compile after this time")
     parser.add_argument("--jobs", type=int, default=1, help="measurements that compile side by side")
     parser.add_argument("--resume", action="store_true", help="leave out what the file has already")
     parser.add_argument("--repeats", type=int, default=10)
@@ -473,7 +487,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
-        "--cudnn-benchmark", action="store_true", help="let cuDNN try its algorithms, as Trainer's benchmark"
+        "--cudnn-benchmark",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let cuDNN try its algorithms, as the configs do",
     )
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--mode", help="of torch.compile")
@@ -502,7 +519,7 @@ def main() -> None:
         jobs = [(n, p, k) for n, p, k in jobs if "ms" not in had.get(n, {}).get(p + suffix, {}).get(k, {})]
     while jobs and time.monotonic() < deadline:
         chunk, jobs = jobs[: args.jobs], jobs[args.jobs :]
-        found_in_turn = together(chunk, args) if args.jobs > 1 else (tried(*job, args) for job in chunk)
+        found_in_turn = together(chunk, args, deadline) if args.jobs > 1 else (tried(*job, args) for job in chunk)
         for (name, part, kind), found in zip(chunk, found_in_turn, strict=True):
             make, batch = (TINY if args.tiny else NETWORKS)[name]
             network = results["networks"].setdefault(name, {})

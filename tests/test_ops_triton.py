@@ -186,6 +186,11 @@ def test_small_and_cosine_kernels_compile_without_spills(capability):
 # --- on a GPU
 
 
+@pytest.fixture(autouse=True)
+def triton_on_hopper_too(monkeypatch):
+    monkeypatch.setenv("SCLIGHTNING_CUDA", "0")
+
+
 BOUNDS = {torch.bfloat16: (2.5e-3, 5e-3), torch.float16: (6e-4, 1.5e-3), torch.float32: (2e-6, 5e-6)}
 SHAPES = [
     (N, M, D) for N, M in ((64, 64), (65, 65), (256, 256), (80, 999), (999, 80)) for D in (8, 20, 64, 72, 128, 192, 256)

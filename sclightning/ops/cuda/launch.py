@@ -182,7 +182,11 @@ def _library() -> ctypes.CDLL | None:
     try:
         return build.load()
     except (RuntimeError, OSError, AttributeError) as error:
-        warnings.warn(f"SCLIGHTNING_CUDA=1, but {error}\nTriton's kernels take over.", stacklevel=2)
+        warnings.warn(
+            f"The CUDA attention kernels for Hopper are not used: {error}\nTriton's kernels take over. "
+            "SCLIGHTNING_CUDA=0 chooses those, without this warning.",
+            stacklevel=2,
+        )
         return None
 
 
