@@ -87,7 +87,7 @@ def compute(scale: str, seeds: Sequence[int]) -> dict:
 
 def plot(result: dict, figure) -> None:
     """Distances of both settings, one panel an ablation; a dot is a seed."""
-    figure.set_size_inches(6.4, 2.4)
+    figure.set_size_inches(7.2, 2.4)
     settings = list(result["settings"].items())
     for i, axes in enumerate(figure.subplots(1, 3)):
         for x, (_, seeds) in enumerate(settings[2 * i : 2 * i + 2]):
@@ -96,7 +96,7 @@ def plot(result: dict, figure) -> None:
                 axes.plot([x] * len(heights), heights, colour, ls="", marker="o", label=None if x else f"{nfe}-step")
         axes.set(title=settings[2 * i][0].split(":")[0], xlim=(-0.5, 1.5), ylabel="" if i else common.DISTANCE)
         axes.set_xticks([0, 1], [name.split(": ")[1] for name, _ in settings[2 * i : 2 * i + 2]])
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
 
 
 def rows(result: dict) -> list[str]:

@@ -52,14 +52,14 @@ def compute(scale: str, seeds: Sequence[int]) -> dict:
 
 def plot(result: dict, figure) -> None:
     """Distance over iterations, one panel for each number of steps; thin lines are seeds."""
-    figure.set_size_inches(6.4, 2.6)
+    figure.set_size_inches(7.2, 2.6)
     for axes, nfe in zip(figure.subplots(1, 2, sharey=True), (1, 2), strict=True):
         for colour, (name, entry) in zip(("C3", "C1", "C0"), result["tangents"].items(), strict=True):
             for i, seed in enumerate(entry["seeds"]):
                 axes.plot(seed["steps"], seed[f"fd_{nfe}step"], colour, lw=1, marker=".", label=None if i else name)
         axes.axhline(result["teacher"]["fd"], color="grey", ls="--", label="teacher (35 evaluations)")
         axes.set(title=f"{nfe}-step", xlabel="iterations", yscale="log", ylabel=common.DISTANCE if nfe == 1 else "")
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
 
 
 def rows(result: dict) -> list[str]:

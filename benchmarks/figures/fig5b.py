@@ -40,17 +40,17 @@ def compute(scale: str, seeds: Sequence[int]) -> dict:
 
 def plot(result: dict, figure) -> None:
     """Distance over iterations, one panel a norm; thin lines are seeds."""
-    figure.set_size_inches(6.4, 2.6)
+    figure.set_size_inches(7.2, 2.6)
     for axes, (norm, weightings) in zip(figure.subplots(1, 2, sharey=True), result["norms"].items(), strict=True):
         for weighting, colour in (("on", "C0"), ("off", "C1")):
             for i, seed in enumerate(weightings[weighting]):
                 for nfe, style in ((1, "-"), (2, ":")):
-                    name = None if i else f"adaptive weighting {weighting}, {nfe}-step"
+                    name = None if i else f"weighting {weighting}, {nfe}-step"
                     axes.plot(seed["steps"], seed[f"fd_{nfe}step"], colour, ls=style, lw=1, marker=".", label=name)
         axes.axhline(result["teacher"]["fd"], color="grey", ls="--", label="teacher (35 evaluations)")
         axes.set(title=f"{NORMS[norm]} norm", xlabel="iterations", yscale="log")
         axes.set_ylabel(common.DISTANCE if norm == "l2" else "")
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
 
 
 def rows(result: dict) -> list[str]:

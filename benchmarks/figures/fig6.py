@@ -39,7 +39,7 @@ def compute(scale: str, seeds: Sequence[int]) -> dict:
 
 def plot(result: dict, figure) -> None:
     """Distance and ratio over the cost of a forward pass."""
-    figure.set_size_inches(6.4, 2.6)
+    figure.set_size_inches(7.2, 2.6)
     sizes = result["sizes"]
     x = [size["flops"] / 1e6 for size in sizes]
     distance, ratio = figure.subplots(1, 2)
@@ -55,7 +55,7 @@ def plot(result: dict, figure) -> None:
         axes.set(xlabel="single forward pass, MFLOPs", ylabel=title, xscale="log", yscale="log")
         axes.set_xticks(x, [f"{v:.2g}" for v in x], minor=False)
         axes.minorticks_off()
-    distance.legend()
+    figure.legend(*distance.get_legend_handles_labels(), loc="outside right center")
 
 
 def rows(result: dict) -> list[str]:

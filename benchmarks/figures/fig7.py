@@ -71,7 +71,7 @@ def compute(scale: str, seeds: Sequence[int]) -> dict:
 
 def plot(result: dict, figure) -> None:
     """One panel a metric; dotted lines are two steps, thin lines seeds."""
-    figure.set_size_inches(8, 2.6)
+    figure.set_size_inches(8.6, 2.6)
     panels = figure.subplots(1, 3)
     for axes, (metric, title) in zip(panels, METRICS.items(), strict=True):
         for name, entries in result["models"].items():
@@ -81,7 +81,7 @@ def plot(result: dict, figure) -> None:
                 axes.plot(result["guidance"], entry[metric], colour, ls=style, lw=1, marker=".", label=label)
         axes.set(xlabel="guidance scale", title=title.replace("\n", " "))
     panels[-1].set_yscale("log")
-    panels[0].legend(fontsize=6)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
 
 
 def rows(result: dict) -> list[str]:
