@@ -1,11 +1,14 @@
 """Variational score distillation on Gaussians in closed form, and its module by hand."""
 
+import contextlib
+
 import lightning as L
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, randomize
 from lightning.pytorch.callbacks import ModelCheckpoint
+from test_adapters_forward_ad import Apply, Host, fused
 from test_objective import MEAN, SIGMA_DATA, STD, D, column
 
 from sclightning.backbones import DDPMpp
@@ -13,6 +16,7 @@ from sclightning.callbacks import EMA, TangentWarmup
 from sclightning.data import DigitsDataModule
 from sclightning.modules import ConsistencyDistillation, VariationalScoreDistillation
 from sclightning.objective import weighted_loss
+from sclightning.parallelize import blocks
 from sclightning.sampling import T_MAX, consistency
 from sclightning.trigflow import interpolate, velocity
 from sclightning.vsd import generate, score_difference, vsd_loss
@@ -130,6 +134,16 @@ def test_generator_is_the_sampler_of_one_step(make_net):
     assert samples.requires_grad
 
 
+def test_half_precision_is_not_subtracted_in_half_precision():
+    """Two outputs that agree to three digits have a difference of more than one."""
+    x_0, z = (v.float() for v in draws(6))
+    t = torch.linspace(0.1, 1.4, 6)
+    pretrained, fake = (lambda x, t, k=k: (k * x.sin()).bfloat16() for k in (1.0, 1.01))
+    x = interpolate(x_0, z, t) / SIGMA_DATA
+    found = score_difference(pretrained, fake, x_0, z, t, SIGMA_DATA)
+    assert torch.equal(found, pretrained(x, t).float() - fake(x, t).float()) and found.dtype == torch.float32
+
+
 # --- The module -------------------------------------------------------------------------------------------------------
 
 
@@ -165,10 +179,10 @@ def expand(t):
 
 
 def losses_by_hand(module, images):
-    """The student's and the second network's loss of a step, spelt out, per sample."""
+    """The student's and the second network's loss of a step and the size of the difference, spelt out, per sample."""
     _, label, scale, z_max, z_vsd, z_fake, t_vsd, t_fake = draw(module, images)
     told = [label] if scale is None else [label, scale]
-    T = torch.full((8,), T_MAX)
+    T = torch.full((8,), module.times[0])
     samples = expand(T.cos()) * z_max - expand(T.sin()) * SD * module.backbone(z_max / SD, T, *told)
     fixed = samples.detach()
     x_t = (expand(t_vsd.cos()) * fixed + expand(t_vsd.sin()) * z_vsd) / SD
@@ -181,7 +195,7 @@ def losses_by_hand(module, images):
     student = w.exp() / 64 * (samples - fixed + F_teacher - F_fake).square().sum((1, 2, 3)) - w
     x_t, v_t = interpolate(fixed, z_fake, t_fake), velocity(fixed, z_fake, t_fake)
     fake = weighted_loss(SD * module.fake(x_t / SD, t_fake, *told) - v_t, module.fake_weight(t_fake))
-    return student, fake
+    return student, fake, (F_teacher - F_fake).square().mean((1, 2, 3)).sqrt()
 
 
 def gradients(module, loss):
@@ -193,14 +207,17 @@ def gradients(module, loss):
 @pytest.mark.parametrize("adaptive", [True, False])
 @pytest.mark.parametrize("guided", [True, False])
 def test_step_by_hand(make_net, images, adaptive, guided):
-    """Algorithm 3 for one batch, its loss and every gradient, plain and adaptive, guided or not."""
-    options = {"guidance_range": (1.0, 2.0)} if guided else {}
-    module = make(make_net(guidance=guided), adaptive=adaptive, **options)
+    """Algorithm 3 for one batch, what it logs and every gradient, plain and adaptive, guided or not, from two times."""
+    options = {"guidance_range": (1.0, 2.0)} if guided else {"times": (1.3, 0.8)}
+    module, logged = make(make_net(guidance=guided), adaptive=adaptive, **options), {}
+    module._report = lambda **values: logged.update(values)
     assert (module.vsd_weight is not None) == adaptive
-    student, fake = losses_by_hand(module, images)
-    wanted = student.mean() + fake.mean()
+    student, fake, size = (v.mean() for v in losses_by_hand(module, images))
+    wanted = student + fake
     found = module.training_step(images, 0)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    by_hand = {"loss": student, "fake_loss": fake, "score_difference": size}
+    torch.testing.assert_close(logged, by_hand, rtol=1e-5, atol=1e-5)
     for (n, ours), (m, theirs) in zip(gradients(module, found).items(), gradients(module, wanted).items(), strict=True):
         assert n == m
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
@@ -226,7 +243,7 @@ def test_scd_and_vsd_are_added(make_net, images, weight):
     both, vsd = make(make_net(), scd=True, lambda_vsd=weight), make(make_net())
     scd = ConsistencyDistillation(make_net(), teacher=both.teacher, sigma_data=SD)
     scd.adaptive_weight.load_state_dict(both.adaptive_weight.state_dict())
-    of_vsd, _ = losses_by_hand(vsd, images)
+    of_vsd, *_ = losses_by_hand(vsd, images)
     wanted = gradients(scd, (loss_scd := scd.training_step(images, 0)))
     for name, gradient in gradients(vsd, weight * of_vsd.mean()).items():
         wanted[name] = wanted.get(name, 0) + gradient
@@ -266,6 +283,55 @@ def test_second_network_learns_with_dropout_and_judges_without(make_net, images)
     module.fake.register_forward_hook(lambda net, *_: modes.append(net.training))
     module.training_step(images, 0)
     assert modes == [False, True] and module.fake.training
+
+
+def test_samples_that_are_not_finite_cost_no_other(make_net, images):
+    """One the teacher overflows at is none of the student's, one the second network overflows at is none of either."""
+    module, label, logged = make(make_net()), images[1], {}
+    module._report = lambda **values: logged.update(values)
+    student, fake, size = losses_by_hand(module, images)
+    module._seen.update((module.teacher, module.fake))  # which are not asked whether their first output is finite
+    for network, bad in ((module.teacher, 2), (module.fake, 5)):
+        network.register_forward_hook(lambda net, args, F, bad=label == bad: F.masked_fill(expand(bad), torch.inf))
+    well = (label != 2) & (label != 5)
+    wanted = student[well].mean() + fake[label != 5].mean()
+    found = module.training_step(images, 0)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logged["score_difference"], size[well].mean())
+    assert (module._nonfinite, module._samples) == (2, 8)
+    for ours, theirs in zip(gradients(module, found).values(), gradients(module, wanted).values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_recomputed_blocks_of_both_networks(make_net, images):
+    """Each block that trains is evaluated once more in the backward pass, sCD's tangent with it; the gradients stay."""
+    found, counts = [], []
+    for recompute in (False, True):
+        module = make(make_net(dropout=0.3), scd=True, activation_checkpointing=recompute, shared_primal=False)
+        module.configure_model()
+        calls = {"backbone": 0, "fake": 0}
+        for name in calls:
+
+            def count(*_, name=name, calls=calls):
+                calls[name] += 1
+
+            blocks(getattr(module, name))[1].conv0.register_forward_hook(count)
+        found.append(gradients(module, module.training_step(images, 0)))
+        counts.append(calls)
+    # Generator, tangent and output; judge and denoiser. Those with a gradient once more.
+    assert counts == [{"backbone": 3, "fake": 2}, {"backbone": 5, "fake": 3}]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_only_a_tangent_asks_for_forward_mode(images, quiet, tmp_path):
+    """Fused attention is good enough for a generator, and refused by name where sCD is added."""
+    for scd in (False, True):
+        module = VariationalScoreDistillation(Host(Apply(fused)), scd=scd, teacher=Host(), sigma_data=SD)
+        loader = torch.utils.data.DataLoader(images[0], batch_size=8)
+        trainer = L.Trainer(**quiet, max_steps=1, default_root_dir=tmp_path)
+        with pytest.raises(RuntimeError, match=r"inner.1 \(Apply\)") if scd else contextlib.nullcontext():
+            trainer.fit(module, loader)
+        assert trainer.global_step == (not scd)
 
 
 def run(module, quiet, tmp_path, steps, **options):
