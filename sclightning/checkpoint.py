@@ -32,7 +32,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 
 
 def backbone_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """Weights of the backbone: the averaged ones where the run had an :class:`~sclightning.callbacks.EMA`."""
+    """Weights of the backbone: the averaged ones where the run had an :class:`~sclightning.callbacks.ema.EMA`."""
     prefix = "backbone."
     return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
 

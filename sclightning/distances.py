@@ -78,7 +78,7 @@ class Measure:
 
     @property
     def key(self) -> str:
-        """Name of the Fréchet distance: ``fid`` in Inception's features alone, ``fd_<extractor>`` in others."""
+        """Name of the Fréchet distance, ``fid`` in Inception's features alone, ``fd_<extractor>`` in others."""
         return f"{'fid' if isinstance(self.extractor, InceptionFeatures) else 'fd'}{self._suffix}"
 
     @property

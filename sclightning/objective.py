@@ -20,11 +20,11 @@ class ConsistencyLoss(NamedTuple):
     """What one evaluation of the objective yields, each of shape (B,)."""
 
     loss: Tensor
-    """Eq. 8 per sample. Its value is no measure of quality: the residual is always minus the normalised tangent.
+    """Eq. 8 per sample. Its value is no measure of quality, since the residual is always minus the normalised tangent.
 
     NaN, without a gradient, where it is not finite: see :func:`finite_or_nan`."""
     tangent_norm: Tensor
-    """Root mean square of the tangent before normalisation, detached: the quantity to watch."""
+    """Root mean square of the tangent before normalisation, detached; the quantity to watch."""
 
 
 def consistency_loss(

@@ -85,7 +85,7 @@ def ddim(F: Velocity, noise: Tensor, times: Sequence[float], sigma_data: float) 
         sigma_data: Standard deviation of the data.
 
     Returns:
-        Samples in float64 (the state is kept in it: times near π/2 need the precision), shape (B, ...).
+        Samples in float64, in which the state is kept since times near π/2 need the precision, shape (B, ...).
     """
     x = sigma_data * noise.double()
     for t, s in _steps(times, x):

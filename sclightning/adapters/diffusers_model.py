@@ -106,7 +106,7 @@ def load_diffusers(
 
     Args:
         folder: A pipeline's folder (``unet`` or ``transformer`` and ``scheduler`` in it), or the model's own. What
-            :func:`configs` read of it gives the network without its weights, for those of an export.
+            ``configs`` read of it gives the network without its weights, for those of an export.
         sigma_data: Standard deviation of the data as the network saw them: about 0.5 for images in [-1, 1], about 1 for
             latents times their ``scaling_factor``.
         scheduler: The scheduler's folder; ``folder/scheduler`` if not given.

@@ -77,7 +77,7 @@ class VelocityAdapter(nn.Module):
         network: ``output = network(x', time)``, called with ``label`` and ``guidance`` too where they are given.
         process: Its noising process: :class:`~sclightning.adapters.EDM`,
             :class:`~sclightning.adapters.VariancePreserving`, :class:`~sclightning.adapters.FlowMatching` or yours.
-        prediction: What it predicts, see :func:`estimates`.
+        prediction: What it predicts, see :func:`~sclightning.adapters.velocity.estimates`.
         sigma_data: Standard deviation of the data that it was trained on.
         provenance: Name, licence, SHA-256 and source of the weights where known; the network's own if not given.
     """

@@ -25,9 +25,9 @@ from sclightning.parallelize import full, shard_like
 class PostHocEMA(L.Callback):
     """Writes snapshots of power-function averages, from which ``sclightning ema`` makes one of any length.
 
-    It changes neither training nor what validation sees, and goes beside an :class:`~sclightning.callbacks.EMA`. A run
-    that was killed and resumed writes the snapshots of an unbroken one. Sharded weights are averaged in their shards
-    and written whole.
+    It changes neither training nor what validation sees, and goes beside an :class:`~sclightning.callbacks.ema.EMA`. A
+    run that was killed and resumed writes the snapshots of an unbroken one. Sharded weights are averaged in their
+    shards and written whole.
 
     Args:
         sigma_rels: Relative widths of the averages, two or more (EDM2: 0.05 and 0.10).

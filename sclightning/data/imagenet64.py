@@ -24,7 +24,7 @@ class ImageNet64DataModule(ImageDataModule):
     """
 
     sigma_data = None
-    """Not measured: the paper, like EDM, takes 0.5 for the model whatever the images' own value."""
+    """Not measured, since the paper, like EDM, takes 0.5 for the model whatever the images' own value."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ class SampleRequest(NamedTuple):
     """A batch of samples to make."""
 
     index: Tensor
-    """Index of each sample, int64 (B,): the key of its noise."""
+    """Index of each sample, int64 (B,), the key of its noise."""
     label: Tensor | None
     """Class labels, int64 (B,)."""
     shape: tuple[int, int, int]

@@ -29,7 +29,7 @@ class Source:
     num_classes: int
     """Number of classes; 0 if there are no labels."""
     read: Callable[[str], Image.Image | np.ndarray]
-    """Reads the item of a name: an image, or moments of shape (2C, h, w)."""
+    """Reads the item of a name, an image, or moments of shape (2C, h, w)."""
 
     def where(self, item: int) -> str:
         """Path of an item."""

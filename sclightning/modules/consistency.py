@@ -142,7 +142,7 @@ class ConsistencyModel(TrigFlowModule):
 
     @property
     def nfe(self) -> int:
-        """Network evaluations per sample: one a step."""
+        """Network evaluations per sample, one a step."""
         return len(self.times)
 
     @property

@@ -24,7 +24,7 @@ class StudentLoss(NamedTuple):
     loss: Tensor
     """Of VSD, and of sCD where that is asked for."""
     difference_norm: Tensor
-    """Root mean square of the score difference: the quantity to watch."""
+    """Root mean square of the score difference; the quantity to watch."""
     tangent_norm: Tensor | None
     """That of sCD's tangent."""
     samples: Tensor
