@@ -1,7 +1,7 @@
 """Fig. 5a: raw, clipped and normalised tangents, distance of one and two steps over the training of sCD.
 
 Raw is df/dt as it comes, clipped is clip(df/dt, -1, 1), normalised is g / (‖g‖ + 0.1) with the L2 norm of a sample; the
-paper does not say which norm (Fig. 5b has the other). Each tangent has the learning rate, of four, that is best for it
+paper does not say which norm (Fig. 5b has the other). Each tangent has the learning rate, of three, that is best for it
 on a seed that is not reported, since what suits one need not suit another.
 
 Usage: python benchmarks/figures/fig5a.py [--scale full] [--seeds 0 1 2] [--plot]
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import common
 
 TANGENTS = {"raw": "none", "clipped": "clip", "normalised": "l2"}
-RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
+RATES = (2.5e-4, 5e-4, 1e-3)
 SEARCH_SEED = 100
 
 
