@@ -98,7 +98,7 @@ def plot(result: dict, figure) -> None:
     for axes, (name, network) in zip(figure.subplots(1, 3), result["networks"].items(), strict=True):
         axes.plot(result["t"], network["grad_x"], label=r"$\|\nabla_x f \cdot dx_t/dt\|$")
         axes.plot(result["t"], network["d_t"], label=r"$\|\partial_t f\|$")
-        axes.set(title=f"{name} (distance {network['fd']:.2f})", xlabel="t", yscale="log")
+        axes.set(title=f"{name}\ndistance {network['fd']:.2f}", xlabel="t", yscale="log")
         axes.legend()
 
 
