@@ -39,7 +39,7 @@ def plot(result: dict, figure) -> None:
     axes.axhline(result["teacher"]["fd"], color="grey", ls="--", label="teacher (35 evaluations)")
     axes.set(xlabel="N", ylabel=common.DISTANCE, title="1-step", xscale="log", yscale="log")
     axes.set_xticks([*map(int, result["discrete"])], [*result["discrete"]])
-    axes.minorticks_off()
+    axes.set_xticks([], minor=True)
     axes.legend()
 
 

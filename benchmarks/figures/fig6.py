@@ -54,7 +54,7 @@ def plot(result: dict, figure) -> None:
     for axes, title in ((distance, common.DISTANCE), (ratio, "ratio to the teacher's")):
         axes.set(xlabel="single forward pass, MFLOPs", ylabel=title, xscale="log", yscale="log")
         axes.set_xticks(x, [f"{v:.2g}" for v in x], minor=False)
-        axes.minorticks_off()
+        axes.set_xticks([], minor=True)
     figure.legend(*distance.get_legend_handles_labels(), loc="outside right center")
 
 
