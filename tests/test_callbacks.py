@@ -245,6 +245,31 @@ def test_average_and_weights_continue_exactly_after_a_resume(make_plain_net, qui
         assert torch.equal(unbroken, resumed)
 
 
+def test_weights_in_bfloat16_have_an_average_in_float32(make_net, quiet, tmp_path):
+    """Its steps of a thousandth would be rounded away; from a checkpoint it goes on to the last bit."""
+    results = []
+    for parts in ([4], [2, 4]):
+        path = None
+        for end in parts:
+            module = TrigFlowDiffusion(make_net(), sigma_data=0.752, optimizer=lambda p: torch.optim.Adam(p, lr=0.05))
+            ema, weights = EMA(decay=0.999), Weights()
+            after = Averages(ema)
+            callbacks, options = [ema, weights, after, SaveAt(2, tmp_path)], {"precision": "bf16-true"}
+            trainer = L.Trainer(**quiet, **options, max_steps=end, default_root_dir=tmp_path, callbacks=callbacks)
+            trainer.fit(module, datamodule=DigitsDataModule(batch_size=B), ckpt_path=path)
+            path = tmp_path / "step2.ckpt"
+        if len(parts) == 1:
+            assert weights.start.dtype == vector(module).dtype == torch.bfloat16
+            expected = weights.start.float()
+            for row in weights.rows:
+                expected = 0.999 * expected + 0.001 * row.float()
+            torch.testing.assert_close(after.rows[-1], expected, rtol=1e-6, atol=1e-7)
+            assert ((expected - weights.start).abs() > 1e-5).float().mean() > 0.9
+        results.append((weights.rows[-1], after.rows[-1]))
+    for unbroken, resumed in zip(*results, strict=True):
+        assert torch.equal(unbroken, resumed)
+
+
 class SaveAt(L.Callback):
     """Saves a checkpoint at a step."""
 

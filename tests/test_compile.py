@@ -155,6 +155,25 @@ def test_compiled_run_refuses_a_loss_that_is_not_finite(make_plain_net, batch):
     assert "\n" not in str(error.value)
 
 
+class Kinked(torch.nn.Module):
+    """A network whose output is finite and whose derivative is not at early times."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x, t):
+        return self.weight * x + torch.relu(t - 0.4).sqrt()[:, None, None, None]
+
+
+def test_first_batch_may_have_samples_that_are_not_finite(batch):
+    """They are left out and counted as in eager mode, as when a run resumes in half precision."""
+    eager, compiled = (ConsistencyTraining(Kinked(), sigma_data=SD, compile=c) for c in (False, {"backend": "eager"}))
+    found = compiled.training_step(batch[0], 0)
+    assert torch.equal(found, eager.training_step(batch[0], 0)) and found.isfinite()
+    assert 0 < compiled._nonfinite == eager._nonfinite < 8
+
+
 @pytest.mark.parametrize("model", [TrigFlowDiffusion, ConsistencyTraining])
 @pytest.mark.parametrize("net", ["ddpmpp", "edm2"])
 def test_channels_last_is_a_layout_only(make_net, batch, model, net):

@@ -421,6 +421,29 @@ def test_both_networks_start_from_the_teacher(make_net, quiet, tmp_path):
     assert module.fake.training and not {*map(id, module.fake.parameters())} & {*map(id, module.backbone.parameters())}
 
 
+@pytest.mark.parametrize("model", [ConsistencyDistillation, VariationalScoreDistillation])
+def test_second_fit_goes_on(make_net, quiet, tmp_path, model):
+    """With what the first has learnt, not from the teacher once more; the teacher stays."""
+    path, starts = tmp_path / "teacher.ckpt", []
+    torch.save({"state_dict": {f"backbone.{n}": w for n, w in make_net(seed=4).state_dict().items()}}, path)
+    module = model(make_net(), teacher_checkpoint=str(path), sigma_data=0.752)
+    module.optimizer = lambda p: torch.optim.SGD(p, lr=0.01)
+
+    class Start(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            starts.append({n: w.clone() for n, w in pl_module.named_parameters()})
+
+    for _ in range(2):
+        run(module, quiet, tmp_path, 1, callbacks=[Start()])
+        starts.append({n: w.clone() for n, w in module.named_parameters()})
+    (first, learnt, second, _), frozen = starts, 0
+    for name, weight in second.items():
+        assert torch.equal(weight, learnt[name])
+        frozen += torch.equal(weight, first[name])
+        assert not name.startswith("teacher") or torch.equal(weight, first[name])
+    assert frozen < len(second)
+
+
 def test_half_precision_moves_both_networks(make_net, quiet, tmp_path):
     """Weights that autocast rounded in the pass without gradient are not taken for those of the pass with it."""
     module, missing = make(make_net(), scd=True, sigma_data=0.752), []

@@ -16,7 +16,8 @@ class EMA(L.Callback):
 
     Validation sees the averaged weights. A checkpoint's ``state_dict`` holds them too, so whoever loads a checkpoint
     gets them without this callback; the weights in training lie under ``"ema"`` beside them and come back on resuming.
-    When ``fit`` ends the module keeps the average. Where FSDP2 shards the weights it shards the average.
+    When ``fit`` ends the module keeps the average. Where FSDP2 shards the weights it shards the average. Of weights in
+    half precision it is in float32.
 
     Args:
         decay: Constant rate per step, ``0.999`` for one.
@@ -71,8 +72,8 @@ class EMA(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the average at the weights, or take the restored one to their device."""
         for name, weight in pl_module.backbone.named_parameters():
-            average = self._average.get(name, weight.detach())
-            self._average[name] = average.to(weight.device, copy=True)
+            average, dtype = self._average.get(name, weight.detach()), torch.promote_types(weight.dtype, torch.float32)
+            self._average[name] = average.to(weight.device, dtype, copy=True)  # bf16-true would round its steps away
         self._step = trainer.global_step
 
     def on_train_batch_end(
@@ -87,8 +88,9 @@ class EMA(L.Callback):
         weight = 1 - self.rate(self._pending)
         self._step, self._pending = trainer.global_step, 0
         with torch.no_grad():
-            averages, weights = self._average.values(), pl_module.backbone.parameters()
-            torch._foreach_lerp_([local(a) for a in averages], [local(w) for w in weights], weight)
+            averages = [local(a) for a in self._average.values()]
+            weights = [local(w).to(a.dtype) for w, a in zip(pl_module.backbone.parameters(), averages, strict=True)]
+            torch._foreach_lerp_(averages, weights, weight)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the averaged weights in."""

@@ -210,7 +210,7 @@ class TrigFlowModule(L.LightningModule):
             return self.loss(*inputs)
         result = self._compiled_loss(*inputs)
         if self.backbone not in self._seen:  # the graph has no place for the look that _call takes
-            if not (result[0] if isinstance(result, tuple) else result).isfinite().all():
+            if not (result[0] if isinstance(result, tuple) else result).isfinite().any():
                 raise ValueError(
                     "The first loss is not finite; train one step without compile to see which network it comes from."
                 )

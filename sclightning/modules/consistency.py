@@ -50,20 +50,21 @@ class ConsistencyModel(TrigFlowModule):
         self.teacher_checkpoint = teacher_checkpoint
         self.normalization, self.c, self.shared_primal = normalization, c, shared_primal
         self.times = list(times)
-        self._forward_ad_checked = False
+        self._forward_ad_checked = self._started = False
         # A tensor, so that a compiled step is not compiled again for each value.
         self.register_buffer("tangent_warmup", torch.tensor(1.0), persistent=False)
 
     def setup(self, stage: str) -> None:
-        """Start from the teacher's averaged weights, before any checkpoint of our own is restored.
+        """Start from the teacher's averaged weights, before a checkpoint of our own is restored; a second fit goes on.
 
         Raises:
             FileNotFoundError: If there is no teacher checkpoint.
             ValueError: If its network is not this one, a guidance embedding apart.
         """
         super().setup(stage)
-        if stage == "fit" and self.teacher_checkpoint is not None:
+        if stage == "fit" and self.teacher_checkpoint is not None and not self._started:
             load_backbone(self.backbone, self.teacher_checkpoint)
+            self._started = True
 
     def on_train_batch_start(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Look at the first batch whether forward-mode AD passes the network and is right about it."""

@@ -76,8 +76,9 @@ class VariationalScoreDistillation(ConsistencyDistillation):
 
     def setup(self, stage: str) -> None:
         """As in the base class; the second network starts from the teacher's weights, too."""
+        started = self._started
         super().setup(stage)
-        if stage == "fit" and self.teacher_checkpoint is not None:
+        if self._started and not started:
             self.fake.load_state_dict(self.backbone.state_dict())
 
     def configure_model(self) -> None:
