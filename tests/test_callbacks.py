@@ -315,6 +315,8 @@ def test_tangent_warmup_is_step_over_h(make_plain_net, quiet, tmp_path, loader):
     run(module, quiet, tmp_path, loader, TangentWarmup(4), See(), max_steps=6, accumulate_grad_batches=2)
     assert seen == [r for r in (0, 0.25, 0.5, 0.75, 1, 1) for _ in range(2)]
     assert "tangent_warmup" not in module.state_dict()
+    with pytest.raises(ValueError, match=r"TrigFlowDiffusion has not; leave the callback out"):
+        run(make_module(make_plain_net), quiet, tmp_path, loader, TangentWarmup(4))
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------

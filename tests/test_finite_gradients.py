@@ -2,6 +2,7 @@
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -22,12 +23,12 @@ class Exploding(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def run(*callbacks):
+def run(*callbacks, **options):
     model = Exploding()
     batches = torch.tensor([[1.0, 1.0], [1.0, torch.inf], [1.0, torch.nan]])
     logged = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(
-        accelerator="cpu", max_epochs=1, callbacks=list(callbacks), enable_model_summary=False, **logged
+        accelerator="cpu", max_epochs=1, callbacks=list(callbacks), enable_model_summary=False, **logged, **options
     )
     trainer.fit(model, DataLoader(batches))
     return model.weight.tolist(), trainer.callback_metrics
@@ -37,6 +38,14 @@ def test_gradients_that_are_not_finite_become_zero_and_are_counted():
     weight, metrics = run(FiniteGradients())
     torch.testing.assert_close(torch.tensor(weight), torch.tensor([0.7, 0.9]))
     assert metrics["nonfinite_gradients"] == 1  # of the last step
+
+
+def test_loss_scaler_skips_such_steps_all_the_same():
+    """That of 16-mixed looks before the callback does; neither bad batch takes a step, each halves the scale."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    weight, _ = run(FiniteGradients(), plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    torch.testing.assert_close(torch.tensor(weight), torch.tensor([0.9, 0.9]))
+    assert scaler.get_scale() == 2
 
 
 def test_without_the_callback_they_spoil_the_weights():
