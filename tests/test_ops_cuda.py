@@ -62,6 +62,8 @@ BREAKS = {  # what is left out of the kernel, and what the emulation says
     r"wgmma_wait<1>\(\);  // for ts": "copy into|expected",
     r"wgmma_wait<0>\(\);": "copy into",
     r"wgmma_fence\(\);": "without wgmma.fence",
+    r"if \(lane == 0\) barrier_arrive\(shared.q_empty\(\)\);": "deadlock",
+    r"pass_turn\(1 - warpgroup\);": "deadlock",
     r"sync_threads\(\);": "no barrier",
     # of cosine attention
     r"barrier_wait\(shared.q_full\(\), queries.*;": "copy in flight|unfinished product",
@@ -413,6 +415,9 @@ def test_machine_code_has_hoppers_instructions(built):
         found[int(D), cosine, re.search("Bf16|Fp16", kernel)[0]] = len(re.findall("HGMMA", kernel))
         assert all(name in kernel for name in ("UTMALDG.4D", "SYNCS", "USETMAXREG", "WARPGROUP.DEPBAR"))
         assert not re.search(r"\b(LDL|STL|HMMA)\b", kernel)
+        # ptxas 13.0 has put h into the registers of queries that the next round reads
+        left = re.findall(r"HGMMA\S+ R\d+, (R\d+), gdesc\[\w+\](\.tnspB)?", kernel)
+        assert not {r for r, values in left if values} & {r for r, values in left if not values}
     shapes = [(D, "0") for D in products] + [(64, "1")]
     assert found == {(D, c, dtype): products[D] + 12 for D, c in shapes for dtype in ("Bf16", "Fp16")}
 

@@ -121,6 +121,7 @@ struct Machine {
   std::vector<Warp> warps;
   int block = 0, blocks = 0, current = 0, synced = 0;
   uint32_t sync_generation = 0;
+  int64_t passed[2] = {}, waited[2][128] = {};  // turns
   ucontext_t scheduler;
   std::string failure;
   std::function<void()> body;
@@ -297,6 +298,15 @@ struct Machine {
     return w.values[mine % 2][current % 32 ^ mask];
   }
 
+  // bar.sync and bar.arrive of 128 threads each
+  void pass_turn(int warpgroup) { ++passed[warpgroup]; }
+  void wait_turn(int warpgroup) {
+    const int64_t target = 128 * (++waited[warpgroup][current % 128]);
+    wait_until("its turn", [this, warpgroup, target] {
+      return passed[warpgroup] >= target && *std::min_element(waited[warpgroup], waited[warpgroup] + 128) * 128 >= target;
+    });
+  }
+
   void sync() {
     const uint32_t mine = sync_generation;
     if (++synced == int(fibers.size())) {
@@ -313,6 +323,7 @@ struct Machine {
     barriers.clear(), copies.clear(), writing.clear(), reading.clear(), unfenced.clear();
     warpgroups.assign(threads / 128, {}), warps.assign(threads / 32, {});
     synced = 0;
+    std::fill_n(passed, 2, 0), std::fill_n(waited[0], 256, 0);
     fibers.resize(threads);
     for (auto& f : fibers) {
       auto stack = f ? std::move(f->stack) : std::vector<char>(128 * 1024);
@@ -442,6 +453,13 @@ inline float from_bits(uint32_t b) {
 }
 inline uint32_t shuffle_xor(uint32_t x, int mask) { return emulation::machine.exchange(x, mask); }
 inline float shuffle_xor(float x, int mask) { return from_bits(shuffle_xor(bits(x), mask)); }
+inline bool any_of_warp(bool x) {
+  uint32_t any = x;
+  for (int mask = 1; mask < 32; mask *= 2) any |= shuffle_xor(any, mask);
+  return any;
+}
+inline void wait_turn(int warpgroup) { emulation::machine.wait_turn(warpgroup); }
+inline void pass_turn(int warpgroup) { emulation::machine.pass_turn(warpgroup); }
 inline float exp2_approximate(float x) { return std::exp2(x); }
 inline float log2_approximate(float x) { return std::log2(x); }
 inline float reciprocal_approximate(float x) { return 1 / x; }
@@ -572,8 +590,8 @@ void wgmma_shared(Element, float (&d)[32], uint64_t a, uint64_t b, int accumulat
   emulation::machine.issue(d, 64, nullptr, a, b, !TRANSPOSED, accumulate, std::is_same<Element, Fp16>::value);
 }
 template <bool N_MAJOR, class Element, int COUNT>
-void wgmma_registers(Element, float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b) {
-  emulation::machine.issue(d, 2 * COUNT, a, 0, b, !N_MAJOR, true, std::is_same<Element, Fp16>::value);
+void wgmma_registers(Element, float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  emulation::machine.issue(d, 2 * COUNT, a, 0, b, !N_MAJOR, accumulate, std::is_same<Element, Fp16>::value);
 }
 
 template <class Parameters>

@@ -85,6 +85,17 @@ __device__ inline uint32_t transpose_8x8(uint32_t x) {
   return y;
 }
 
+/// Whether ``x`` is true in any thread of the warp.
+__device__ inline bool any_of_warp(bool x) { return __any_sync(~0u, x); }
+
+/// Named barriers of two warpgroups: who waits for its turn, and who gives it.
+__device__ inline void wait_turn(int warpgroup) {
+  asm volatile("bar.sync %0, 256;" ::"r"(warpgroup + 1) : "memory");
+}
+__device__ inline void pass_turn(int warpgroup) {
+  asm volatile("bar.arrive %0, 256;" ::"r"(warpgroup + 1) : "memory");
+}
+
 /// Two numbers rounded to nearest, the first in the low half.
 __device__ inline uint32_t pack(Bf16, float low, float high) {
   uint32_t x;
@@ -237,20 +248,22 @@ PRODUCT(Bf16, "bf16")
 PRODUCT(Fp16, "f16")
 #undef PRODUCT
 
-// D (64 x N) += A B; A (64 x 16) in registers, B (16 x N) in shared memory, N-major or K-major.
-#define PRODUCT(Element, TYPE, N, REGISTERS, A0, A1, A2, A3, B, MAJOR, ...)                                     \
+// D (64 x N) = A B, plus D if ``accumulate``; A (64 x 16) in registers, B (16 x N) in shared memory, N-major or K-major.
+#define PRODUCT(Element, TYPE, N, REGISTERS, A0, A1, A2, A3, B, ACCUMULATE, MAJOR, ...)                         \
   template <bool N_MAJOR>                                                                                       \
-  __device__ inline void wgmma_registers(Element, float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {     \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                               \
-                 " {" REGISTERS "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", 1, 1, 1, " MAJOR ";\n"            \
+  __device__ inline void wgmma_registers(Element, float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,        \
+                                         int accumulate) {                                                      \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ACCUMULATE ", 0;\n"                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                                \
+                 " {" REGISTERS "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, " MAJOR ";\n}"            \
                  : __VA_ARGS__                                                                                  \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(N_MAJOR)));                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(int(N_MAJOR)));     \
   }
 #define PRODUCTS(Element, TYPE)                                                                                 \
-  PRODUCT(Element, TYPE, 64, R32, "%32", "%33", "%34", "%35", "%36", "%37", D32(d, 0))                          \
-  PRODUCT(Element, TYPE, 72, R36, "%36", "%37", "%38", "%39", "%40", "%41", D32(d, 0), "+f"(d[32]),            \
+  PRODUCT(Element, TYPE, 64, R32, "%32", "%33", "%34", "%35", "%36", "%37", "%38", D32(d, 0))                   \
+  PRODUCT(Element, TYPE, 72, R36, "%36", "%37", "%38", "%39", "%40", "%41", "%42", D32(d, 0), "+f"(d[32]),      \
           "+f"(d[33]), "+f"(d[34]), "+f"(d[35]))                                                                \
-  PRODUCT(Element, TYPE, 128, R64, "%64", "%65", "%66", "%67", "%68", "%69", D32(d, 0), D32(d, 32))
+  PRODUCT(Element, TYPE, 128, R64, "%64", "%65", "%66", "%67", "%68", "%69", "%70", D32(d, 0), D32(d, 32))
 PRODUCTS(Bf16, "bf16")
 PRODUCTS(Fp16, "f16")
 #undef PRODUCTS
@@ -259,7 +272,7 @@ PRODUCTS(Fp16, "f16")
 template <bool, class Element>
 __device__ void wgmma_shared(Element, float (&)[32], uint64_t, uint64_t, int) {}
 template <bool, class Element, int N>
-__device__ void wgmma_registers(Element, float (&)[N], const uint32_t (&)[4], uint64_t) {}
+__device__ void wgmma_registers(Element, float (&)[N], const uint32_t (&)[4], uint64_t, int) {}
 #endif
 
 #undef D8

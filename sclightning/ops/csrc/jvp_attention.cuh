@@ -31,6 +31,8 @@ struct Layout {
   static constexpr int SPLIT = SPLIT_;        // warpgroups that share the columns of the values
   static constexpr int STAGES = STAGES_;      // blocks of keys in shared memory
   static constexpr bool WHOLE = STAGES > 2;   // whether a head's keys can stay there for all its queries
+  static constexpr bool RESIDENT = WIDTH <= 72 && !COSINE;  // whether queries are multiplied from registers
+  static constexpr int SLICES = (WIDTH + 15) / 16;          // products of 16 columns for a tile of scores
   static constexpr int N = WIDTH / SPLIT;     // columns of a warpgroup's accumulators
   static constexpr int GROUPS = 2 / SPLIT;    // warpgroups with queries of their own
   static constexpr int QUERIES = ROWS * GROUPS;
@@ -215,15 +217,44 @@ __device__ inline uint64_t at(uint64_t descriptor, uint32_t address) {
   return descriptor | (address & 0x3ffff) >> 4;
 }
 
+/// Where the i-th 16 columns of a tile start: 32 bytes further in the swizzled rows; transposed, 16 rows.
+template <class L>
+__device__ constexpr uint32_t slice(int i) {
+  constexpr int PER_PANEL = L::PANEL / 16;
+  return L::COSINE ? i * 16 * L::ROW_BYTES : i / PER_PANEL * L::PANEL_BYTES + i % PER_PANEL * 32;
+}
+
 /// Issues d (64 x 64) = x y^T, or += if ``accumulate``, of two tiles.
 template <class Element, class L>
 __device__ void multiply_tiles(float (&d)[32], uint32_t x, uint32_t y, bool accumulate) {
-  constexpr int SLICES = (L::WIDTH + 15) / 16, PER_PANEL = L::PANEL / 16;
 #pragma unroll
-  for (int i = 0; i < SLICES; ++i) {  // 16 columns are 32 bytes of the swizzled rows; transposed, 16 rows
-    const uint32_t offset = L::COSINE ? i * 16 * L::ROW_BYTES : i / PER_PANEL * L::PANEL_BYTES + i % PER_PANEL * 32;
-    wgmma_shared<L::COSINE>(Element{}, d, at(descriptor<L>(16), x + offset), at(descriptor<L>(16), y + offset),
+  for (int i = 0; i < L::SLICES; ++i) {
+    wgmma_shared<L::COSINE>(Element{}, d, at(descriptor<L>(16), x + slice<L>(i)), at(descriptor<L>(16), y + slice<L>(i)),
                             accumulate || i > 0);
+  }
+}
+
+/// Likewise with x in registers, which halves what the matrix unit reads from shared memory.
+template <class Element, class L>
+__device__ void multiply_tiles(float (&d)[32], const uint32_t (&x)[L::SLICES][4], uint32_t y, bool accumulate) {
+#pragma unroll
+  for (int i = 0; i < L::SLICES; ++i) {
+    wgmma_registers<false>(Element{}, d, x[i], at(descriptor<L>(16), y + slice<L>(i)), accumulate || i > 0);
+  }
+}
+
+/// Loads a tile as the left operand: of each 16 columns, thread i of a warp has rows i / 4 and 8 below, columns 2 (i % 4),
+/// the next, and 8 to the right.
+template <class L>
+__device__ void load_tile(uint32_t (&x)[L::SLICES][4], uint32_t tile) {
+  const int lane = thread_index() % 32, row0 = thread_index() % WARPGROUP / 32 * 16 + lane / 4;
+#pragma unroll
+  for (int i = 0; i < L::SLICES; ++i) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint32_t offset = slice<L>(i) + (row0 + k % 2 * 8) * L::ROW_BYTES + k / 2 * 16 + lane % 4 * 4;
+      x[i][k] = load_shared(tile + (offset ^ (offset >> 7 & (L::ROW_BYTES / 16 - 1)) << 4));
+    }
   }
 }
 
@@ -233,7 +264,7 @@ __device__ void multiply_registers(float (&d)[L::N / 2], const uint32_t (&x)[4][
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t offset = L::COSINE ? i * 32 : panel * L::PANEL_BYTES + i * 16 * L::ROW_BYTES;
-    wgmma_registers<!L::COSINE>(Element{}, d, x[i], at(descriptor<L>(L::PANEL_BYTES), y + offset));
+    wgmma_registers<!L::COSINE>(Element{}, d, x[i], at(descriptor<L>(L::PANEL_BYTES), y + offset), true);
   }
 }
 
@@ -311,6 +342,7 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
   const int lane = thread_index() % 32;
   const int group = L::SPLIT == 1 ? warpgroup : 0;
   const int panel = L::SPLIT == 1 ? 0 : warpgroup * (L::PANELS / 2);
+  if (warpgroup == 1) pass_turn(0);
   for (int visit = 0, item; (item = block_index() + visit * grid_size()) < p.items; ++visit) {
     for (int part = 0; part < parts<L>(p); ++part) {
       const bool last_part = part == parts<L>(p) - 1;
@@ -319,18 +351,33 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
       for (int i = 0; i < L::N / 2; ++i) o[i] = t[i] = 0;
       m[0] = m[1] = -INFINITY;
       barrier_wait(shared.q_ready(), (visit * parts<L>(p) + part) & 1);
+      uint32_t q[L::SLICES][4], tq[L::SLICES][4];
+      if constexpr (L::RESIDENT) {
+        load_tile<L>(q, shared.q(group)), load_tile<L>(tq, shared.tq(group));
+        sync_warp();
+        if (lane == 0) barrier_arrive(shared.q_empty());
+      }
+      const auto multiply_queries = [&](float (&d)[32], bool tangent, uint32_t y, bool accumulate) {
+        if constexpr (L::RESIDENT) {
+          multiply_tiles<Element, L>(d, tangent ? tq : q, y, accumulate);
+        } else {
+          multiply_tiles<Element, L>(d, tangent ? shared.tq(group) : shared.q(group), y, accumulate);
+        }
+      };
 
       for (int j = 0; j < p.key_blocks; ++j) {
         const int n = visit * p.key_blocks + j, stage = opaque(n % L::STAGES);  // the same for all parts of an item
         const uint32_t parity = n / L::STAGES & 1;
         float s[32], ts[32];
+        wait_turn(warpgroup);
         barrier_wait(shared.k_ready(stage), parity);
         wgmma_fence();
-        multiply_tiles<Element, L>(s, shared.q(group), shared.k(stage), false);
+        multiply_queries(s, false, shared.k(stage), false);
         wgmma_commit();
-        multiply_tiles<Element, L>(ts, shared.tq(group), shared.k(stage), false);
-        multiply_tiles<Element, L>(ts, shared.q(group), shared.tk(stage), true);
+        multiply_queries(ts, true, shared.k(stage), false);
+        multiply_queries(ts, false, shared.tk(stage), true);
         wgmma_commit();
+        pass_turn(1 - warpgroup);
         wgmma_wait<1>();
         hold(s);
 
@@ -340,30 +387,34 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
             if (j * ROWS + i / 4 * 8 + lane % 4 * 2 + i % 2 >= p.keys) s[i] = -INFINITY;
           }
         }
-        uint32_t weights[4][4];
+        float alpha[2];
+        bool rescale = false;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float top = s[2 * half];
 #pragma unroll
           for (int n = 0; n < 8; ++n) top = fmaxf(top, fmaxf(s[4 * n + 2 * half], s[4 * n + 2 * half + 1]));
           const float m_new = fmaxf(m[half], row_max(top) * p.scale_log2 - shift(Element{}));
-          const float alpha = exp2_approximate(m[half] - m_new);
+          alpha[half] = exp2_approximate(m[half] - m_new);
+          rescale |= m[half] != m_new;
           m[half] = m_new;
-          l[half] *= alpha;
-          r[half] *= alpha;
+          l[half] *= alpha[half];
+          r[half] *= alpha[half];
 #pragma unroll
           for (int n = 0; n < 8; ++n) {
             float &low = s[4 * n + 2 * half], &high = s[4 * n + 2 * half + 1];
             low = exp2_approximate(low * p.scale_log2 - m_new);
             high = exp2_approximate(high * p.scale_log2 - m_new);
             l[half] += low + high;
-            weights[n / 2][n % 2 * 2 + half] = pack(Element{}, low, high);
           }
+        }
+        hold(s);  // not packed before, in registers that are lacking
+        uint32_t weights[4][4];
 #pragma unroll
-          for (int n = 0; n < L::N / 8; ++n) {
-            o[4 * n + 2 * half] *= alpha, o[4 * n + 2 * half + 1] *= alpha;
-            t[4 * n + 2 * half] *= alpha, t[4 * n + 2 * half + 1] *= alpha;
-          }
+        for (int i = 0; i < 32; i += 2) weights[i / 8][i / 2 % 4] = pack(Element{}, s[i], s[i + 1]);
+        if (any_of_warp(rescale)) {
+#pragma unroll
+          for (int i = 0; i < L::N / 2; ++i) o[i] *= alpha[i / 2 % 2], t[i] *= alpha[i / 2 % 2];
         }
 
         barrier_wait(shared.v_ready(stage), parity);
@@ -376,7 +427,7 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
         hold(ts);
         if (lane == 0) {
           if (last_part) barrier_arrive(shared.k_empty(stage));
-          if (j == p.key_blocks - 1) barrier_arrive(shared.q_empty());
+          if (!L::RESIDENT && j == p.key_blocks - 1) barrier_arrive(shared.q_empty());
         }
         uint32_t h[4][4];
 #pragma unroll
@@ -390,6 +441,15 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
         wgmma_wait<0>();
         hold(o), hold(t);
         if (lane == 0 && last_part) barrier_arrive(shared.v_empty(stage));
+      }
+      if constexpr (L::RESIDENT) {
+        // Never run. Without it ptxas 13.0 gives h registers of q and tq, which the next round reads.
+        if (p.D < 0) {
+          for (int i = 0; i < L::SLICES; ++i) {
+            store16(p.o + 16 * i, q[i][0], q[i][1], q[i][2], q[i][3]);
+            store16(p.o + 16 * i + 8, tq[i][0], tq[i][1], tq[i][2], tq[i][3]);
+          }
+        }
       }
 
       const int index = item * parts<L>(p) + part, head = index / p.query_blocks;
