@@ -37,8 +37,22 @@ def test_demo_table_is_the_recorded_run():
 
 
 def test_attention_table_is_the_recorded_run():
-    """The attention table holds the medians of benchmarks/results/jvp_attention.json."""
+    """The attention table holds the medians of benchmarks/results/jvp_attention.json, a column for each backend."""
     results = json.loads((ROOT / "benchmarks/results/jvp_attention.json").read_text())["results"]
-    for result in (r for r in results if r["op"] == "jvp_attention"):
-        shape = ", ".join(map(str, result["shape"]))
-        assert f"| {shape} | {result['ours_ms']:.3g} | {result['floor_ms']:.3g} |" in README
+    for result in results:
+        row = [", ".join(map(str, result["shape"])) + ", cosine" * (result["op"] == "cosine_attention")]
+        ms = {
+            r["backend"]: f"{r['ours_ms']:.3g}"
+            for r in results
+            if (r["op"], r["shape"]) == (result["op"], result["shape"])
+        }
+        row += [ms.get("cuda", "-"), ms["triton"], f"{result['floor_ms']:.3g}"]
+        assert f"| {' | '.join(row)} |" in README
+
+
+def test_training_step_is_the_recorded_run():
+    """What a step of EDM2-S costs is what benchmarks/results/training_step.json says."""
+    found = json.loads((ROOT / "benchmarks/results/training_step.json").read_text())["networks"]["edm2_s"]
+    peers = found["peers_scd_ms"] / found["diffusion_ms"]
+    text = f"{found['scd_over_diffusion']:.2f} (sCD) and {found['sct_over_diffusion']:.2f} (sCT) diffusion steps"
+    assert text in README and f"the peers' way {peers:.2f} " in README
