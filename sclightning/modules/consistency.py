@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from sclightning.adapters import Guided, check_forward_ad
+from sclightning.backbones.layers import SegmentEmbedding
 from sclightning.checkpoint import backbone_weights, read_checkpoint
 from sclightning.modules.base import TrigFlowModule
 from sclightning.objective import ConsistencyLoss, Normalization, consistency_loss, finite_mean
@@ -55,7 +56,7 @@ class ConsistencyModel(TrigFlowModule):
         self.register_buffer("tangent_warmup", torch.tensor(1.0), persistent=False)
 
     def setup(self, stage: str) -> None:
-        """Start from the teacher's averaged weights, before a checkpoint of our own is restored; a second fit goes on.
+        """Start from the teacher's averaged weights, unless this module was trained or loaded before.
 
         Raises:
             FileNotFoundError: If there is no teacher checkpoint.
@@ -65,6 +66,11 @@ class ConsistencyModel(TrigFlowModule):
         if stage == "fit" and self.teacher_checkpoint is not None and not self._started:
             load_backbone(self.backbone, self.teacher_checkpoint)
             self._started = True
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """As in the base class; a fit goes on from these weights."""
+        super().on_load_checkpoint(checkpoint)
+        self._started = True
 
     def on_train_batch_start(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Look at the first batch whether forward-mode AD passes the network and is right about it."""
@@ -304,10 +310,11 @@ class ConsistencyDistillation(ConsistencyModel):
         Raises:
             ValueError: If there is neither a teacher nor a checkpoint to make one from.
         """
+        given, started = self.teacher is not None, self._started
         super().setup(stage)
         if stage != "fit":
             return
-        if self.teacher is None:
+        if not given:
             if self.guidance_range is not None:
                 raise ValueError(
                     "Guided distillation needs the teacher's network: the student's has a guidance input and the "
@@ -318,8 +325,11 @@ class ConsistencyDistillation(ConsistencyModel):
                     "Distillation has no teacher; set model.init_args.teacher_checkpoint to a checkpoint of "
                     "TrigFlowDiffusion, or model.init_args.teacher to a network with its own weights."
                 )
-            self.teacher = copy.deepcopy(self.backbone)  # which has just been given the checkpoint's weights
-        elif self.teacher_checkpoint is not None:
+            self.teacher = copy.deepcopy(self.backbone)
+            for module in self.teacher.modules():
+                if isinstance(module, SegmentEmbedding):
+                    nn.init.zeros_(module.weight)  # no segments to a teacher, whatever the student has learnt
+        if self.teacher_checkpoint is not None and (given or started):  # else the copy has its weights already
             network = self.teacher.network if isinstance(self.teacher, Guided) else self.teacher
             load_backbone(network, self.teacher_checkpoint)
         self.teacher.eval().requires_grad_(False)
