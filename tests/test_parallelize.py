@@ -184,7 +184,10 @@ def fsdp_gradients_of_the_compared(folder):
 
 @check
 def both_networks_of_vsd_stay_in_step(folder):
-    """After two steps of sCD + VSD: on both processes the same, sharded or not what one process on all data has."""
+    """After two steps of sCD + VSD: on both processes the same, sharded or not what one process on all data has.
+
+    And it comes back from a checkpoint, to the last bit.
+    """
     alone = make(VariationalScoreDistillation, scd=True)
     start = [p.detach().clone() for p in alone.parameters()]
     optimizer = alone.configure_optimizers()
@@ -195,14 +198,23 @@ def both_networks_of_vsd_stay_in_step(folder):
         optimizer.step()
         alone._normalize_weights()
     assert all(p.requires_grad != torch.equal(p, was) for p, was in zip(alone.parameters(), start, strict=True))
-    for strategy in (DDPStrategy(), sharding()):
+    for strategy in (DDPStrategy, sharding):
         module = make(VariationalScoreDistillation, scd=True)
-        fit(module, strategy, steps=2)
+        trainer = fit(module, strategy(), steps=2)
         weights = [full(p.detach()) for p in module.parameters()]
         same(weights, [p.detach() for p in alone.parameters()])
         found = [None, None]
         dist.all_gather_object(found, torch.cat([w.flatten() for w in weights]))
         assert torch.equal(*found)
+        trainer.save_checkpoint(folder / "vsd.ckpt")
+        again, restored = make(VariationalScoreDistillation, scd=True), []
+
+        def look(again=again, restored=restored):
+            restored.extend(full(p.detach()).clone() for p in again.parameters())
+
+        again.on_train_start = look
+        fit(again, strategy(), steps=3, ckpt=folder / "vsd.ckpt")
+        assert len(restored) == len(weights) and all(map(torch.equal, restored, weights))
 
 
 class Overflowing(nn.Module):
