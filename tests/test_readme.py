@@ -55,4 +55,4 @@ def test_training_step_is_the_recorded_run():
     found = json.loads((ROOT / "benchmarks/results/training_step.json").read_text())["networks"]["edm2_s"]
     peers = found["peers_scd_ms"] / found["diffusion_ms"]
     text = f"{found['scd_over_diffusion']:.2f} (sCD) and {found['sct_over_diffusion']:.2f} (sCT) diffusion steps"
-    assert text in README and f"the peers' way {peers:.2f} " in README
+    assert text in README and f"sCD the peers' way {peers:.2f} " in README
