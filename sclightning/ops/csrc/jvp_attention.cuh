@@ -21,9 +21,10 @@ constexpr int WARPGROUP = 128;
 /// How head dimensions up to WIDTH are laid out. A tile is ROWS rows of q, k, v or a tangent in panels of PANEL columns,
 /// each ROWS x PANEL with the rows' 16-byte chunks swizzled: 128-byte rows for 64 columns, 64-byte rows for 32.
 /// COSINE: of the convolution's layout (heads, D, 3, N), so transposed, 64 channels by 64 positions, and normalised here.
-template <int WIDTH_, int PANEL_, int SPLIT_, int STAGES_, bool COSINE_ = false>
+/// PAIRS: of no more than ROWS queries and keys, so that an item is two heads, each a block of keys and a warpgroup's.
+template <int WIDTH_, int PANEL_, int SPLIT_, int STAGES_, bool COSINE_ = false, bool PAIRS_ = false>
 struct Layout {
-  static constexpr bool COSINE = COSINE_;
+  static constexpr bool COSINE = COSINE_, PAIRS = PAIRS_;
   static constexpr int FIRST = COSINE ? 2 : 1;  // warpgroup that computes
   static constexpr int THREADS = (FIRST + 2) * WARPGROUP;
   static constexpr int WIDTH = WIDTH_;
@@ -47,10 +48,12 @@ struct Layout {
 };
 
 using Layout64 = Layout<64, 64, 1, 6>;
+using Layout64Pairs = Layout<64, 64, 1, 6, false, true>;
 using Layout72 = Layout<72, 32, 1, 3>;
 using Layout128 = Layout<128, 64, 1, 2>;
 using Layout256 = Layout<256, 64, 2, 1>;  // 64 x 256 x 2 accumulators do not fit: two warpgroups take half each
 using LayoutCosine = Layout<64, 64, 1, 6, true>;
+using LayoutCosinePairs = Layout<64, 64, 1, 6, true, true>;
 
 /// What a kernel gets, by value in constant memory. Strides are in elements.
 struct Parameters {
@@ -58,7 +61,7 @@ struct Parameters {
   uint16_t *o, *to;
   float* lse;
   int64_t o_b, o_h, o_n;  // COSINE: o_n is the stride of D, positions are contiguous
-  int H, queries, keys, D;
+  int heads, H, queries, keys, D;
   int query_blocks, key_blocks;
   int items;  // of work, in all
   int parts;  // query blocks of an item, which reads its keys once
@@ -69,6 +72,12 @@ struct Parameters {
 template <class L>
 __device__ int parts(const Parameters& p) {
   return L::WHOLE ? p.parts : 1;
+}
+
+/// Head of a query block; PAIRS: the first of two.
+template <class L>
+__device__ int head_of(const Parameters& p, int index) {
+  return L::PAIRS ? 2 * index : index / p.query_blocks;
 }
 
 template <class L>
@@ -113,16 +122,16 @@ template <class L>
 __device__ void copy_keys(const Parameters& p, Shared<L> shared) {
   int n = 0;  // stages are used in turn: the n-th block of keys goes to n % STAGES, in phase n / STAGES of its barriers
   for (int item = block_index(); item < p.items; item += grid_size()) {
-    const int head = item * parts<L>(p) / p.query_blocks;
     for (int j = 0; j < p.key_blocks; ++j, ++n) {
+      const int head = head_of<L>(p, item * parts<L>(p)) + (L::PAIRS ? j : 0), row = L::PAIRS ? 0 : j * ROWS;
       const int stage = n % L::STAGES;
       const uint32_t parity = n / L::STAGES & 1;
       barrier_wait(shared.k_empty(stage), parity ^ 1);  // a new barrier counts as having completed parity 1
       barrier_arrive_expect(shared.k_full(stage), 2 * L::TILE);
-      load_pair<L>(shared.k(stage), &p.k, &p.tk, shared.k_full(stage), j * ROWS, p, head, 1);
+      load_pair<L>(shared.k(stage), &p.k, &p.tk, shared.k_full(stage), row, p, head, 1);
       barrier_wait(shared.v_empty(stage), parity ^ 1);
       barrier_arrive_expect(shared.v_full(stage), 2 * L::TILE);
-      load_pair<L>(shared.v(stage), &p.v, &p.tv, shared.v_full(stage), j * ROWS, p, head, 2);
+      load_pair<L>(shared.v(stage), &p.v, &p.tv, shared.v_full(stage), row, p, head, 2);
     }
   }
 }
@@ -134,11 +143,12 @@ __device__ void copy_queries(const Parameters& p, Shared<L> shared) {
   for (int item = block_index(); item < p.items; item += grid_size()) {
     for (int part = 0; part < parts<L>(p); ++part, ++n) {
       const int index = item * parts<L>(p) + part;
-      const int head = index / p.query_blocks, row = index % p.query_blocks * L::QUERIES;
+      const int head = head_of<L>(p, index), row = index % p.query_blocks * L::QUERIES;
       barrier_wait(shared.q_empty(), (n & 1) ^ 1);
       barrier_arrive_expect(shared.q_full(), 2 * L::GROUPS * L::TILE);
       for (int group = 0; group < L::GROUPS; ++group) {
-        load_pair<L>(shared.q(group), &p.q, &p.tq, shared.q_full(), row + group * ROWS, p, head, 0);
+        load_pair<L>(shared.q(group), &p.q, &p.tq, shared.q_full(), L::PAIRS ? 0 : row + group * ROWS, p,
+                     head + (L::PAIRS ? group : 0), 0);
       }
     }
   }
@@ -335,6 +345,13 @@ __device__ void store_column(uint16_t* to, int64_t stride, int position, int pos
   }
 }
 
+/// A warp is done with two tiles; PAIRS: it speaks for a warp of the other warpgroup too, which has tiles of its own.
+template <class L>
+__device__ void release(uint32_t empty) {
+  barrier_arrive(empty);
+  if (L::PAIRS) barrier_arrive(empty);
+}
+
 /// A computing warpgroup. In its accumulators, thread ``lane`` of warp ``warp`` holds rows 16 warp + lane / 4 and 8 rows
 /// below, columns 8 n + 2 (lane % 4) and the next: elements 4 n to 4 n + 3.
 template <class Element, class L>
@@ -365,9 +382,11 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
         }
       };
 
-      for (int j = 0; j < p.key_blocks; ++j) {
+      const int end = L::PAIRS ? group + 1 : p.key_blocks;
+      for (int j = L::PAIRS ? group : 0; j < end; ++j) {
         const int n = visit * p.key_blocks + j, stage = opaque(n % L::STAGES);  // the same for all parts of an item
         const uint32_t parity = n / L::STAGES & 1;
+        const int keys = L::PAIRS ? p.keys : p.keys - j * ROWS;  // that are left
         float s[32], ts[32];
         wait_turn(warpgroup);
         barrier_wait(shared.k_ready(stage), parity);
@@ -381,10 +400,10 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
         wgmma_wait<1>();
         hold(s);
 
-        if ((j + 1) * ROWS > p.keys) {
+        if (keys < ROWS) {
 #pragma unroll
           for (int i = 0; i < 32; ++i) {
-            if (j * ROWS + i / 4 * 8 + lane % 4 * 2 + i % 2 >= p.keys) s[i] = -INFINITY;
+            if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= keys) s[i] = -INFINITY;
           }
         }
         float alpha[2];
@@ -426,8 +445,8 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
         wgmma_wait<1>();  // for ts, while those run
         hold(ts);
         if (lane == 0) {
-          if (last_part) barrier_arrive(shared.k_empty(stage));
-          if (!L::RESIDENT && j == p.key_blocks - 1) barrier_arrive(shared.q_empty());
+          if (last_part) release<L>(shared.k_empty(stage));
+          if (!L::RESIDENT && j == end - 1) barrier_arrive(shared.q_empty());
         }
         uint32_t h[4][4];
 #pragma unroll
@@ -440,7 +459,7 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
         wgmma_commit();
         wgmma_wait<0>();
         hold(o), hold(t);
-        if (lane == 0 && last_part) barrier_arrive(shared.v_empty(stage));
+        if (lane == 0 && last_part) release<L>(shared.v_empty(stage));
       }
       if constexpr (L::RESIDENT) {
         // Never run. Without it ptxas 13.0 gives h registers of q and tq, which the next round reads.
@@ -452,9 +471,10 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
         }
       }
 
-      const int index = item * parts<L>(p) + part, head = index / p.query_blocks;
+      const int index = item * parts<L>(p) + part, head = head_of<L>(p, index) + (L::PAIRS ? group : 0);
       const int place = opaque(thread_index()), thread = place % 4;
-      const int row0 = index % p.query_blocks * L::QUERIES + group * ROWS + place % WARPGROUP / 32 * 16 + place % 32 / 4;
+      const int queries = head < p.heads ? p.queries : 0;  // of an odd number of heads the last has no second
+      const int row0 = (L::PAIRS ? 0 : index % p.query_blocks * L::QUERIES + group * ROWS) + place % WARPGROUP / 32 * 16 + place % 32 / 4;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = row0 + 8 * half;
@@ -464,14 +484,14 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
         const int64_t offset = head / p.H * p.o_b + head % p.H * p.o_h;
         if constexpr (L::COSINE) {
           const int lane = place % 32, position = row - lane / 4;
-          store_column<Element, L>(p.o + offset, p.o_n, position, p.queries, p.D, lane, y);
-          store_column<Element, L>(p.to + offset, p.o_n, position, p.queries, p.D, lane, ty);
+          store_column<Element, L>(p.o + offset, p.o_n, position, queries, p.D, lane, y);
+          store_column<Element, L>(p.to + offset, p.o_n, position, queries, p.D, lane, ty);
         } else {
           const int column = panel * L::PANEL;
-          store_row<Element, L>(p.o + offset + row * p.o_n, row < p.queries, column, p.D, thread, y);
-          store_row<Element, L>(p.to + offset + row * p.o_n, row < p.queries, column, p.D, thread, ty);
+          store_row<Element, L>(p.o + offset + row * p.o_n, row < queries, column, p.D, thread, y);
+          store_row<Element, L>(p.to + offset + row * p.o_n, row < queries, column, p.D, thread, ty);
         }
-        if (thread == 0 && panel == 0 && row < p.queries) {
+        if (thread == 0 && panel == 0 && row < queries) {
           p.lse[int64_t(head) * p.queries + row] = (m[half] + log2_approximate(sum)) * 0.6931471805599453f;
         }
       }
