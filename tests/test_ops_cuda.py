@@ -152,7 +152,8 @@ def test_emulated_values(emulated, case):
 
 
 @pytest.mark.parametrize(
-    "B, H, D, N, blocks", [(1, 3, 64, 256, 2), (2, 2, 64, 136, 9), (1, 1, 64, 520, 2), (1, 3, 24, 72, 1), (2, 3, 64, 64, 2), (1, 5, 40, 24, 9)]
+    "B, H, D, N, blocks",
+    [(1, 3, 64, 256, 2), (2, 2, 64, 136, 9), (1, 1, 64, 520, 2), (1, 3, 24, 72, 1), (2, 3, 64, 64, 2), (1, 5, 40, 24, 9)],
 )
 def test_emulated_values_of_cosine_attention(emulated, B, H, D, N, blocks):
     torch.manual_seed(0)
