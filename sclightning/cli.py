@@ -14,6 +14,7 @@ import lightning as L
 import yaml
 from jsonargparse import ArgumentParser, Namespace, auto_cli
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import sclightning.backbones
@@ -21,6 +22,7 @@ import sclightning.callbacks
 import sclightning.data
 import sclightning.modules  # noqa: F401 - imported so that their classes can be named in YAML
 from sclightning.callbacks import FIDEvaluation, SampleWriter
+from sclightning.checkpoint import read_checkpoint
 from sclightning.modules.base import TrigFlowModule
 
 # Commands that need no Trainer: name of the command -> module and function, whose docstring is the command's help.
@@ -55,7 +57,10 @@ class SCLightningCLI(LightningCLI):
             auto_configure_optimizers=False,
             # Lightning's own support would make each optimizer factory hold this object and the Trainer.
             load_from_checkpoint_support=False,
-            parser_kwargs={"exit_on_error": False},
+            parser_kwargs={
+                "exit_on_error": False,
+                "epilog": f"Without a Trainer: sclightning {{{','.join(COMMANDS)}}}, each with a --help of its own.",
+            },
             args=args,
             run=run,
         )
@@ -83,6 +88,8 @@ class SCLightningCLI(LightningCLI):
             self.trainer.callbacks = [*others, evaluation]
         if any(isinstance(callback, FIDEvaluation) for callback in self.trainer.callbacks):
             self.config_init[self.subcommand]["verbose"] = False
+        else:
+            rank_zero_warn("This test measures nothing; give it --evaluation=configs/evaluation/<data>.yaml.")
 
     def after_instantiate_classes(self) -> None:
         """Make checkpoints self-contained: they carry the config from which ``load_from_checkpoint`` rebuilds."""
@@ -99,8 +106,8 @@ class SCLightningCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         # Lightning lets a checkpoint's hyperparameters override the command line here, silently (lightning#21455).
         path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
-        if path and path not in ("best", "last", "hpc") and not Path(path).exists():
-            raise FileNotFoundError(f"There is no checkpoint at {path}; give --ckpt_path the path of one, or 'last'.")
+        if path and path not in ("best", "last", "hpc") and not Path(path).is_dir():
+            read_checkpoint(path)  # which says it in a sentence if it is none
 
 
 def main(args: ArgsType = None) -> None:
@@ -110,7 +117,7 @@ def main(args: ArgsType = None) -> None:
     own.
     """
     _quieten()
-    arguments = sys.argv[1:] if args is None else args
+    arguments = (sys.argv[1:] if args is None else args) or ["--help"]
     command = arguments[0] if isinstance(arguments, list) and arguments else None
     try:
         if command in COMMANDS:
@@ -118,7 +125,7 @@ def main(args: ArgsType = None) -> None:
             function = getattr(importlib.import_module(module), function)
             auto_cli(function, args=arguments[1:], prog=f"sclightning {command}", exit_on_error=False)
         else:
-            SCLightningCLI(args)
+            SCLightningCLI(arguments)
     except Exception as error:
         sentence = None if os.environ.get("SCLIGHTNING_TRACEBACK") else _sentence(error)
         if sentence is None:

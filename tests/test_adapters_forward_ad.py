@@ -146,6 +146,12 @@ def test_a_network_that_fails_by_itself_is_not_blamed_on_forward_mode(inputs):
         check_forward_ad(Host(nn.Conv2d(5, 8, 1)), *inputs)
 
 
+def test_a_condition_that_the_network_does_not_take(inputs, make_plain_net):
+    """It is named before forward mode is tried."""
+    with pytest.raises(ValueError, match=r"net\(x, t, label=label\).*docs/extending.md"):
+        check_forward_ad(make_plain_net(), *inputs, torch.arange(4))
+
+
 def test_writing_to_weights_counts_in_the_mode_in_which_it_happens(inputs):
     """In evaluation mode EDM2's own layer can be differentiated."""
     check_forward_ad(Host(ForcedWeight()).eval(), *inputs)

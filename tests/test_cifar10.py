@@ -26,6 +26,13 @@ def images(monkeypatch):
     return images
 
 
+def test_no_connection(tmp_path, monkeypatch):
+    """A download from where nobody answers ends in what to do."""
+    monkeypatch.setattr(cifar10.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
+    with pytest.raises(ConnectionError, match=r"root.*cifar-10-batches-py"):
+        CIFAR10DataModule(root=str(tmp_path)).prepare_data()
+
+
 def test_channels_first_and_labels_in_order(images):
     split = CIFAR10DataModule().read("train")
     assert split.images.shape == (2, 3, 32, 32) and split.images.dtype == np.uint8

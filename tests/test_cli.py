@@ -310,6 +310,59 @@ def test_missing_checkpoint(teacher, capsys, command):
     assert "gone.ckpt" in line and "--ckpt_path" in line
 
 
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_checkpoint_of_another_model(teacher, student, capsys, command):
+    """A teacher is no state to resume a student from, nor the other way round: what starts from it is named."""
+    line = refuse(capsys, command, "--config", student.config, "--ckpt_path", teacher.ckpt)
+    assert "diffusion" in line and "teacher_checkpoint" in line
+    assert "consistency" in refuse(capsys, command, "--config", teacher.config, "--ckpt_path", student.ckpt)
+    line = refuse(
+        capsys, command, "--config", teacher.config, "--ckpt_path", teacher.ckpt, "--model.backbone.channels=12"
+    )
+    assert "another network" in line and "config.yaml" in line
+
+
+def test_file_that_is_no_checkpoint(student, tmp_path, capsys):
+    """Text, and a checkpoint whose copying broke off, where a checkpoint or a teacher is wanted."""
+    for path, content in ((tmp_path / "text.ckpt", b"text"), (tmp_path / "cut.ckpt", student.ckpt.read_bytes()[:9000])):
+        path.write_bytes(content)
+        for option in ("--ckpt_path", "--model.teacher_checkpoint"):
+            line = refuse(capsys, "fit", "--config", student.config, f"{option}={path}")
+            assert path.name in line and "damaged" in line
+        assert path.name in refuse(capsys, "export", "--ckpt_path", path, "--folder", tmp_path)
+
+
+def test_network_without_an_argument_for_labels(teacher, capsys):
+    """The data has labels and the network's forward takes none: what it is called with is shown."""
+    line = refuse(capsys, "fit", "--config", teacher.config, "--model.backbone=conftest.PlainNet")
+    assert "PlainNet is called as net(x, t, label=label)" in line and "docs/extending.md" in line
+
+
+def test_help_names_every_command(capsys):
+    """Also those that need no Trainer; without a command there is the help."""
+    for args in (["--help"], []):
+        with pytest.raises(SystemExit) as exit:
+            main(args)
+        printed = capsys.readouterr().out
+        assert exit.value.code == 0 and all(name in printed for name in ("fit", "predict", "prepare", "ema", "export"))
+
+
+def test_test_without_measure_says_so(teacher):
+    """Samples that nothing looks at are made without a number: the option that gives one is named."""
+    with pytest.warns(UserWarning, match="--evaluation="):
+        main(["test", "--config", str(teacher.config), "--ckpt_path", str(teacher.ckpt), "--model.steps=1"])
+
+
+def test_predict_refuses_images_that_would_stay(student, tmp_path, capsys):
+    """The same prediction again is fine; one of fewer images would leave some of the last among its own."""
+    folder = tmp_path / "images"
+    args = ["predict", "--config", student.config, "--ckpt_path", student.ckpt, "--samples.folder", folder]
+    for _ in range(2):
+        main([str(arg) for arg in args])
+    line = refuse(capsys, *args, "--data.num_test_samples=18")
+    assert "2 images" in line and "000018.png" in line and "--samples.folder" in line
+
+
 def test_wrong_resolution(teacher, capsys):
     """Network and images do not match: both sizes are named."""
     line = refuse(capsys, "fit", "--config", teacher.config, "--model.backbone.resolution=16")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from sklearn.datasets import load_digits
+from torchvision.datasets import FashionMNIST
 
 from sclightning.data import DigitsDataModule, FashionMNISTDataModule
 from sclightning.data.arrays import ArrayDataset, EndlessSampler, ImageDataModule, from_uint8, to_uint8
@@ -309,10 +310,12 @@ def test_fashion_mnist_from_idx_files(tmp_path, no_debian_package, compress, fol
         assert np.array_equal(read.labels, labels) and read.labels.dtype == np.int64
 
 
-def test_fashion_mnist_that_is_nowhere_is_refused(tmp_path, no_debian_package):
-    """One sentence with three remedies."""
+@pytest.mark.parametrize("download", [False, True])
+def test_fashion_mnist_that_is_nowhere_is_refused(tmp_path, no_debian_package, monkeypatch, download):
+    """One sentence with three remedies, also where nobody answers a download."""
+    monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
     with pytest.raises(FileNotFoundError, match=r"dataset-fashion-mnist.*root.*download") as error:
-        FashionMNISTDataModule(root=str(tmp_path), download=False).split("train")
+        FashionMNISTDataModule(root=str(tmp_path), download=download).split("train")
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 

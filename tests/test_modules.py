@@ -592,6 +592,13 @@ def test_network_of_two_arguments_in_a_plain_trainer(make_plain_net, batch, quie
     assert samples.shape == (3, 1, 8, 8) and samples.isfinite().all() and samples.dtype == torch.float32
 
 
+@pytest.mark.parametrize("times", [[], [0.9, 1.5], [1.5, 1.5], [1.5, 0.0], [80.0, 0.8]])
+def test_times_that_are_no_times_are_refused(make_plain_net, times):
+    """None, increasing, twice the same, none of noise, noise levels in place of radians."""
+    with pytest.raises(ValueError, match="radians that decrease"):
+        ConsistencyTraining(make_plain_net(), times=times)
+
+
 @pytest.mark.parametrize("model", [TrigFlowDiffusion, ConsistencyTraining, ConsistencyDistillation])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_half_precision_keeps_times_and_weight_in_float32(make_net, quiet, tmp_path, model, precision):

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from sclightning.adapters.process import time_span
 from sclightning.adapters.velocity import VelocityAdapter
-from sclightning.backbones.layers import SegmentEmbedding
+from sclightning.backbones.layers import SegmentEmbedding, check_conditions
 from sclightning.parallelize import is_sharded
 
 REMEDIES = {
@@ -69,6 +69,7 @@ def check_forward_ad(
 
     Raises:
         RuntimeError: If a module cannot be differentiated forwards, or is differentiated wrongly.
+        ValueError: If the network does not take these conditions.
     """
     for message in time_warnings(network):
         warnings.warn(message, stacklevel=2)
@@ -84,6 +85,7 @@ def check_forward_ad(
     if tangents is None:
         (x, t, label, guidance) = tree_map_only(Tensor, lambda v: v[:2], (x, t, label, guidance))
     conditions = {k: v for k, v in {"label": label, "guidance": guidance}.items() if v is not None}
+    check_conditions(network, x, t, conditions)
     run = functools.partial(network, **conditions)
     state, inside = _random_state(x), []
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sclightning.checkpoint import mismatched
+
 
 def read_state_dict(path: str) -> dict[str, Tensor]:
     """Read a state dict: ``.safetensors``, or what ``torch.save`` wrote of a dictionary of tensors.
@@ -77,8 +79,7 @@ def load_weights(
     if weights is None:
         return network
     state = read_state_dict(weights)
-    own = network.state_dict()
-    wrong = [k for k in {**own, **state} if k not in own or k not in state or own[k].shape != state[k].shape]
+    wrong = mismatched(network.state_dict(), state)
     if wrong:
         raise ValueError(
             f"{weights} holds another network than {type(network).__name__} ({len(wrong)} tensors differ, first "

@@ -1,8 +1,9 @@
 """Layers of the networks, each safe under forward-mode AD, eager and compiled (Sec. 4.1)."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as nnF
@@ -195,6 +196,22 @@ def check_inputs(network: nn.Module, x: Tensor, t: Tensor, label: Tensor | None,
                 f"Label {wrong[0].item()} is out of range; labels are -1 (none) to {network.num_classes - 1} "
                 "for this network, so set num_classes to that of the data."
             )
+
+
+def check_conditions(network: nn.Module, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> None:
+    """Refuse conditions for which a network's ``forward`` has no argument, in one sentence.
+
+    Raises:
+        ValueError: If there is such a condition, or no argument for the time.
+    """
+    try:
+        inspect.signature(network.forward).bind(x, t, **conditions)
+    except TypeError as error:
+        given = ", ".join(["x", "t", *(f"{name}={name}" for name in conditions)])
+        raise ValueError(
+            f"{type(network).__name__} is called as net({given}), which its forward does not take ({error}); give it "
+            "these arguments (docs/extending.md), or use data without labels."
+        ) from error
 
 
 def load_renamed(

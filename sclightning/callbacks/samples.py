@@ -61,6 +61,19 @@ class SampleWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.folder = Path(folder)
 
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a folder in which images of an earlier prediction would stay among those of this one.
+
+        Raises:
+            FileExistsError: If there are such images.
+        """
+        written = {f"{index:06d}.png" for index in range(len(trainer.datamodule.predict_dataloader().dataset))}
+        if stale := {path.name for path in self.folder.glob("*.png")} - written:
+            raise FileExistsError(
+                f"{self.folder} has {len(stale)} images that this prediction would not replace (first {min(stale)}); "
+                "give --samples.folder another folder, or delete them."
+            )
+
     def write_on_batch_end(
         self,
         trainer: L.Trainer,

@@ -56,9 +56,19 @@ class CIFAR10DataModule(ImageDataModule):
         return CONDITION_DIM if self.augment else 0
 
     def prepare_data(self) -> None:
-        """Download on one process, before the others read."""
+        """Download on one process, before the others read.
+
+        Raises:
+            ConnectionError: If that fails.
+        """
         if self.download and read_metadata(self.root, "train") is None:
-            CIFAR10(self.root, download=True)
+            try:
+                CIFAR10(self.root, download=True)
+            except (OSError, RuntimeError) as error:
+                raise ConnectionError(
+                    f"CIFAR-10 is not in {self.root} and cannot be downloaded ({error}); set data.init_args.root to "
+                    "the folder that holds cifar-10-batches-py."
+                ) from error
 
     def read(self, split: Split) -> ArrayDataset:
         """Images and labels of torchvision's split, or of a prepared one, in memory.

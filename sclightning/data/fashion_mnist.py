@@ -48,16 +48,18 @@ class FashionMNISTDataModule(ImageDataModule):
         """Images and labels of torchvision's split.
 
         Raises:
-            FileNotFoundError: If the files are nowhere and may not be downloaded.
+            FileNotFoundError: If the files are nowhere and may or can not be downloaded.
         """
         paths = [self._find(f"{_FILES[split]}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
         if None in paths:
-            if not self.download:
+            try:
+                dataset = FashionMNIST(self.root, train=split == "train", download=self.download)
+            except (OSError, RuntimeError) as error:
                 raise FileNotFoundError(
-                    f"Fashion-MNIST is neither in {self.root} nor in /usr/share/datasets/fashion-mnist; install "
-                    "Debian's dataset-fashion-mnist, set data.init_args.root, or allow data.init_args.download."
-                )
-            dataset = FashionMNIST(self.root, train=split == "train", download=True)
+                    f"Fashion-MNIST is neither in {self.root} nor in /usr/share/datasets/fashion-mnist, and was not "
+                    "downloaded; install Debian's dataset-fashion-mnist, set data.init_args.root, or allow "
+                    "data.init_args.download and a connection."
+                ) from error
             images, labels = dataset.data.numpy(), dataset.targets.numpy()
         else:
             images, labels = (_read_idx(path) for path in paths)

@@ -13,7 +13,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from sclightning.adapters import Guided, guided_velocity
-from sclightning.backbones.layers import AdaptiveWeight
+from sclightning.backbones.layers import AdaptiveWeight, check_conditions
+from sclightning.checkpoint import backbone_weights, mismatched
 from sclightning.data.requests import SampleRequest
 from sclightning.objective import finite_mean
 from sclightning.parallelize import checkpoint_blocks, shard
@@ -124,7 +125,25 @@ class TrigFlowModule(L.LightningModule):
         checkpoint["provenance"] = recorded(self)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Keep the record of the checkpoint beside that of this run."""
+        """Compare the checkpoint with this module, and keep its record beside that of this run.
+
+        Raises:
+            ValueError: If it is of a diffusion model and this is none, or the other way round, or of another network.
+        """
+        told = checkpoint.get("hyper_parameters")
+        if told and ("solver" in told) != hasattr(self, "solver"):
+            kind = "diffusion" if "solver" in told else "consistency"
+            raise ValueError(
+                f"The checkpoint is of a {kind} model and cannot be gone on with as {type(self).__name__}; give "
+                "--ckpt_path one of this run (a teacher to start from is model.init_args.teacher_checkpoint)."
+            )
+        if self._trainer is not None and "state_dict" in checkpoint:
+            wrong = mismatched(self.backbone.state_dict(), backbone_weights(checkpoint))
+            if wrong:
+                raise ValueError(
+                    f"The checkpoint holds another network than the config describes ({len(wrong)} tensors differ, "
+                    f"first {wrong[0]}); give the config.yaml that its run wrote."
+                )
         self.provenance = merge(self.provenance, checkpoint.get("provenance", []))
 
     def forward(
@@ -276,15 +295,19 @@ class TrigFlowModule(L.LightningModule):
         """
         # Only the conditions there are, so that ``net(x, t)`` is enough of a signature.
         conditions = {"label": label, "guidance": guidance, "augment": augment}
+        conditions = {name: value for name, value in conditions.items() if value is not None}
+        first = not torch.compiler.is_compiling() and network not in self._seen
+        if first:
+            check_conditions(network, x, t, conditions)
         layout = torch.channels_last if self.channels_last else torch.preserve_format
         x_in = x.to(self.dtype, memory_format=layout)
-        F = network(x_in, t, **{name: value for name, value in conditions.items() if value is not None})
+        F = network(x_in, t, **conditions)
         if F.shape != x.shape:
             raise ValueError(
                 f"{type(network).__name__} returned shape {tuple(F.shape)} for images of shape {tuple(x.shape)}; "
                 "it must return a velocity of the images' shape."
             )
-        if not torch.compiler.is_compiling() and network not in self._seen:
+        if first:
             if not F.isfinite().all():
                 raise ValueError(
                     f"The first output of {type(network).__name__} is not finite; look for a division by zero, an "

@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from sclightning.adapters import Guided, check_forward_ad
 from sclightning.backbones.layers import SegmentEmbedding
-from sclightning.checkpoint import backbone_weights, read_checkpoint
+from sclightning.checkpoint import backbone_weights, mismatched, read_checkpoint
 from sclightning.modules.base import TrigFlowModule
 from sclightning.objective import ConsistencyLoss, Normalization, consistency_loss, finite_mean
 from sclightning.provenance import merge, of_checkpoint, recorded
@@ -23,7 +25,11 @@ from sclightning.trigflow import interpolate, velocity
 
 
 class ConsistencyModel(TrigFlowModule):
-    r"""Algorithm 1 without its line that chooses :math:`dx_t/dt`: that is the whole difference of sCT and sCD."""
+    r"""Algorithm 1 without its line that chooses :math:`dx_t/dt`: that is the whole difference of sCT and sCD.
+
+    Raises:
+        ValueError: If the sampling times do not decrease within 0 and π/2.
+    """
 
     def __init__(
         self,
@@ -51,6 +57,11 @@ class ConsistencyModel(TrigFlowModule):
         self.teacher_checkpoint = teacher_checkpoint
         self.normalization, self.c, self.shared_primal = normalization, c, shared_primal
         self.times = list(times)
+        if not (self.times and all(a > b for a, b in itertools.pairwise([math.pi / 2 + 1e-6, *self.times, 0.0]))):
+            raise ValueError(
+                f"The sampling times are {self.times}; give radians that decrease, within 0 and π/2 (a noise level σ "
+                "is at arctan(σ / sigma_data))."
+            )
         self._forward_ad_checked = self._started = False
         # A tensor, so that a compiled step is not compiled again for each value.
         self.register_buffer("tangent_warmup", torch.tensor(1.0), persistent=False)
@@ -394,9 +405,11 @@ def load_backbone(backbone: nn.Module, checkpoint: str | None) -> nn.Module:
             "model.init_args.teacher_checkpoint to where it is."
         )
     state = backbone_weights(read_checkpoint(checkpoint))
-    own = backbone.state_dict()
-    wrong = [k for k in state if k not in own or own[k].shape != state[k].shape]
-    wrong += [k for k in own if k not in state and not any(word in k for word in ("guidance", "segment"))]
+    wrong = [
+        name
+        for name in mismatched(backbone.state_dict(), state)
+        if name in state or not any(word in name for word in ("guidance", "segment"))
+    ]
     if wrong:
         raise ValueError(
             f"The teacher checkpoint {checkpoint} holds another network than the config describes ({len(wrong)} "
