@@ -117,7 +117,7 @@ def main(args: ArgsType = None) -> None:
     own.
     """
     _quieten()
-    arguments = (sys.argv[1:] if args is None else args) or ["--help"]
+    arguments = sys.argv[1:] if args is None else args
     command = arguments[0] if isinstance(arguments, list) and arguments else None
     try:
         if command in COMMANDS:
@@ -125,7 +125,7 @@ def main(args: ArgsType = None) -> None:
             function = getattr(importlib.import_module(module), function)
             auto_cli(function, args=arguments[1:], prog=f"sclightning {command}", exit_on_error=False)
         else:
-            SCLightningCLI(arguments)
+            SCLightningCLI(args if arguments else ["--help"])
     except Exception as error:
         sentence = None if os.environ.get("SCLIGHTNING_TRACEBACK") else _sentence(error)
         if sentence is None:
