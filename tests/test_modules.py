@@ -592,6 +592,20 @@ def test_network_of_two_arguments_in_a_plain_trainer(make_plain_net, batch, quie
     assert samples.shape == (3, 1, 8, 8) and samples.isfinite().all() and samples.dtype == torch.float32
 
 
+@pytest.mark.parametrize("model", [TrigFlowDiffusion, ConsistencyTraining])
+def test_images_of_another_range_are_noticed(make_plain_net, quiet, tmp_path, model, recwarn):
+    """With data of one's own: bytes are refused, images in [0, 1] at sigma_data 0.5 get a warning, right ones none."""
+    pixels = torch.randint(256, (8, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    with pytest.raises(TypeError, match=r"torch.uint8.*127.5 - 1"):
+        fit(model(make_plain_net(), sigma_data=0.5), quiet, tmp_path, DataLoader(pixels, batch_size=8))
+    unit = DataLoader(pixels / 255, batch_size=8)
+    with pytest.warns(UserWarning, match=r"deviation of 0\.2\d+ .*sigma_data=0.5"):
+        fit(model(make_plain_net(), sigma_data=0.5), quiet, tmp_path, unit)
+    recwarn.clear()
+    fit(model(make_plain_net(), sigma_data=0.3), quiet, tmp_path, unit)
+    assert not [w for w in recwarn if "standard deviation" in str(w.message)]
+
+
 @pytest.mark.parametrize("times", [[], [0.9, 1.5], [1.5, 1.5], [1.5, 0.0], [80.0, 0.8]])
 def test_times_that_are_no_times_are_refused(make_plain_net, times):
     """None, increasing, twice the same, none of noise, noise levels in place of radians."""

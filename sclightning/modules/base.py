@@ -1,6 +1,7 @@
 """What the teacher and the consistency models share: network, noise, optimizer, sampling."""
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -61,6 +62,7 @@ class TrigFlowModule(L.LightningModule):
         self.compile_options = {} if compile is True else compile or None
         self.channels_last, self.activation_checkpointing = channels_last, activation_checkpointing
         self._seen: set[nn.Module] = set()
+        self._range_checked = False
         self._shown: dict[str, Tensor] = {}
         self._nonfinite, self._samples, self._written = torch.zeros(()), 0, 0
         self._normalize_weights()
@@ -207,11 +209,30 @@ class TrigFlowModule(L.LightningModule):
 
         Keyed by (seed, step, batch, rank): ranks differ, and a resumed run goes on with the noise of the unbroken one.
         """
+        self._check_range(x_0)
         key = np.random.SeedSequence((self.seed, self.global_step, batch_idx, self.global_rank))
         with torch.random.fork_rng([x_0.device] if x_0.is_cuda else []):
             torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
             z = self.sigma_data * torch.randn_like(x_0)
             yield z, self.draw_time(x_0)
+
+    def _check_range(self, x_0: Tensor) -> None:
+        """Look at the first batch: a data module of yours may not say its standard deviation."""
+        if self._range_checked:
+            return
+        self._range_checked = True
+        if not x_0.is_floating_point():
+            raise TypeError(
+                f"The training images are {x_0.dtype}; give floats of standard deviation sigma_data, of uint8 images "
+                "x / 127.5 - 1."
+            )
+        measured = float(x_0.float().std())
+        if not 0.6 < measured / self.sigma_data < 1.7:
+            warnings.warn(
+                f"The first batch has a standard deviation of {measured:.3g} and the model "
+                f"sigma_data={self.sigma_data}; give the model the data's, or scale the data.",
+                stacklevel=2,
+            )
 
     def draw_time(self, x_0: Tensor) -> Tensor:
         """Training times (B,) from the log-normal proposal."""
