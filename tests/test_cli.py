@@ -375,6 +375,12 @@ def test_wrong_sigma_data(teacher, capsys):
     assert "0.5" in line and "0.751" in line
 
 
+def test_guided_distillation_without_a_network_for_the_teacher(student, capsys):
+    """Both keys that it needs are named."""
+    line = refuse(capsys, "fit", "--config", student.config, "--model.guidance_range=[1,2]")
+    assert "backbone guidance: true" in line and "model.init_args.teacher" in line
+
+
 def test_other_architecture_than_the_teacher(student, capsys):
     """A student that cannot hold the teacher's weights."""
     line = refuse(capsys, "fit", "--config", student.config, "--model.backbone.channels=12")

@@ -328,8 +328,9 @@ class ConsistencyDistillation(ConsistencyModel):
         if not given:
             if self.guidance_range is not None:
                 raise ValueError(
-                    "Guided distillation needs the teacher's network: the student's has a guidance input and the "
-                    "teacher's has none; set model.init_args.teacher to the backbone with guidance: false."
+                    "Guided distillation needs two networks, a student that is told the scale and a teacher that is "
+                    "not; give model.init_args.backbone guidance: true and set model.init_args.teacher to the same "
+                    "without (configs/scd_m.yaml)."
                 )
             if self.teacher_checkpoint is None:
                 raise ValueError(
