@@ -224,7 +224,7 @@ def save_pipeline(model: Generator, folder: Path) -> float:
     (folder / "pipeline.py").write_text("from sclightning.pipeline import SCMPipeline  # noqa: F401\n")
     (folder / "README.md").write_text(model_card(model.config, diffusers=True))
 
-    pipeline = SCMPipeline.from_pretrained(folder)
+    pipeline = SCMPipeline.from_pretrained(folder, low_cpu_mem_usage=False)  # else it advises to install accelerate
     pipeline.set_progress_bar_config(disable=True)
     noise, conditions = trial(model, 3)
     samples = pipeline(class_labels=conditions.get("label"), noise=noise, output_type="latent").images
