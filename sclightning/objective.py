@@ -64,6 +64,21 @@ def consistency_loss(
     return tangent_loss(F, g, u, w_phi, c, normalization)
 
 
+def direction(dx_t: Tensor, t: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    r"""Tangents :math:`(\cos t\sin t\,\dot x_t,\ \cos t\sin t\,\sigma_d)` of a network's inputs (Sec. 5.1).
+
+    Args:
+        dx_t: Velocity of the PF-ODE, shape (B, ...).
+        t: Times in radians, shape (B,).
+        sigma_data: Standard deviation of the data.
+
+    Returns:
+        The tangents of :math:`x_t/\sigma_d`, shape (B, ...), and of t, shape (B,).
+    """
+    cos_sin = t.cos() * t.sin()
+    return expand_time(cos_sin, dx_t) * dx_t, cos_sin * sigma_data
+
+
 def forward_jvp(
     network: Callable[[Tensor, Tensor], Tensor],
     x_t: Tensor,
@@ -76,8 +91,8 @@ def forward_jvp(
 ) -> tuple[Tensor, Tensor]:
     r"""Network output and its rearranged directional derivative along the PF-ODE (Sec. 5.1).
 
-    With the tangents :math:`(\cos t\sin t\,\dot x_t,\ \cos t\sin t\,\sigma_d)` on the inputs :math:`(x_t/\sigma_d, t)`
-    the JVP is :math:`J = \cos t \sin t\,\sigma_d\,dF/dt`. The factor :math:`\sigma_d` is in it: do not multiply again.
+    With the tangents of :func:`direction` on the inputs :math:`(x_t/\sigma_d, t)` the JVP is
+    :math:`J = \cos t \sin t\,\sigma_d\,dF/dt`. The factor :math:`\sigma_d` is in it: do not multiply again.
 
     Args:
         network: ``F(x, t)`` with labels and guidance bound.
@@ -94,10 +109,8 @@ def forward_jvp(
     Returns:
         ``F`` with its gradient and ``J`` without, both float32 or wider, shape (B, ...).
     """
-    u = t if u is None else u
-    cos_sin = u.cos() * u.sin()
     primals = (x_t / sigma_data, t)
-    tangents = (expand_time(cos_sin, x_t) * dx_t, cos_sin * sigma_data)
+    tangents = direction(dx_t, t if u is None else u, sigma_data)
     if shared_primal:
         F, J = torch.func.jvp(network, primals, tangents)
     else:
@@ -123,10 +136,9 @@ def partial_jvps(
     Returns:
         ``F``, ``J_x`` and ``J_t``, float32 or wider, shape (B, ...).
     """
-    cos_sin = t.cos() * t.sin()
     primals = (x_t / sigma_data, t)
-    along_x = (expand_time(cos_sin, x_t) * dx_t, torch.zeros_like(t))
-    along_t = (torch.zeros_like(x_t), cos_sin * sigma_data)
+    d_x, d_t = direction(dx_t, t, sigma_data)
+    along_x, along_t = (d_x, torch.zeros_like(t)), (torch.zeros_like(x_t), d_t)
     devices = [x_t.device] if x_t.is_cuda else []
     with torch.no_grad():
         with torch.random.fork_rng(devices):

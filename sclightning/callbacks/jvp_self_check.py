@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sclightning.adapters import check_forward_ad
+from sclightning.callbacks.tangent import TangentCallback
 from sclightning.modules.consistency import ConsistencyModel
+from sclightning.objective import direction
 from sclightning.parallelize import is_sharded
-from sclightning.trigflow import expand_time, interpolate
+from sclightning.trigflow import interpolate
 
 
-class JVPSelfCheck(L.Callback):
+class JVPSelfCheck(TangentCallback):
     r"""Compares the tangents of the first batch with central differences, and names the first layer that is wrong.
 
     Every fit of a consistency model compares the network as a whole on two samples, see
@@ -41,18 +43,6 @@ class JVPSelfCheck(L.Callback):
             raise ValueError(f"JVPSelfCheck has samples={samples}, action={action}; give 1 or more, and raise or warn.")
         self.samples, self.rtol, self.action = samples, rtol, action
         self._done = False
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a module without tangent.
-
-        Raises:
-            ValueError: If the module is no consistency model.
-        """
-        if not isinstance(pl_module, ConsistencyModel):
-            raise ValueError(
-                f"JVPSelfCheck looks at the tangent of a consistency model, which {type(pl_module).__name__} has not; "
-                "leave the callback out."
-            )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -84,9 +74,8 @@ class JVPSelfCheck(L.Callback):
         with torch.no_grad(), module.draw(batch, batch_idx) as (x_0, z, t, label, guidance):
             x_t = interpolate(x_0, z, t)
             dx_t = module.velocity(x_t, x_0, z, t, label, guidance)
-            cos_sin = t.cos() * t.sin()
             inputs = (x_t / module.sigma_data, t, label, guidance)
-            tangents = (expand_time(cos_sin, x_t) * dx_t, cos_sin * module.sigma_data)
+            tangents = direction(dx_t, t, module.sigma_data)
             inputs, tangents = tree_map_only(Tensor, lambda v: v[: self.samples], (inputs, tangents))
             network, compiled = module.backbone, module.compile_options is not None
             (x, *others), (d_x, d_t) = inputs, tangents

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from sclightning.callbacks.gradient_norm import GradientNorm
+from sclightning.callbacks.tangent import TangentCallback
 from sclightning.modules.consistency import ConsistencyModel
 from sclightning.objective import partial_jvps, partial_terms, tangent_terms
 from sclightning.trigflow import interpolate
@@ -24,7 +25,7 @@ TERMS = {
 """Names of the logged norms and titles of their charts."""
 
 
-class TangentMonitor(L.Callback):
+class TangentMonitor(TangentCallback):
     r"""Logs the norm of the tangent and of its terms before normalisation, by time: ``tangent/<term>/t<from>-<to>``.
 
     Each is the root mean square over a sample's elements, averaged over the samples whose time is in the bin:
@@ -50,16 +51,8 @@ class TangentMonitor(L.Callback):
         self._last = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a module without tangent.
-
-        Raises:
-            ValueError: If the module is no consistency model, or one of several segments.
-        """
-        if not isinstance(pl_module, ConsistencyModel):
-            raise ValueError(
-                f"TangentMonitor measures the tangent of a consistency model, which {type(pl_module).__name__} has "
-                "not; leave the callback out."
-            )
+        """Refuse a module without tangent, and one of several segments."""
+        super().setup(trainer, pl_module, stage)
         if getattr(pl_module, "segments", 1) > 1:
             raise ValueError("TangentMonitor knows the tangent of one segment only; leave the callback out.")
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import lightning as L
 
-from sclightning.modules.consistency import ConsistencyModel
+from sclightning.callbacks.tangent import TangentCallback
 
 
-class TangentWarmup(L.Callback):
+class TangentWarmup(TangentCallback):
     r"""Fades in the unstable half of the tangent: :math:`r = \min(1, step/H)` (Alg. 1).
 
     Args:
@@ -18,18 +18,6 @@ class TangentWarmup(L.Callback):
         if steps < 1:
             raise ValueError(f"TangentWarmup has steps={steps}; give 1 or more, or leave the callback out.")
         self.steps = steps
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a module without tangent.
-
-        Raises:
-            ValueError: If the module is no consistency model.
-        """
-        if not isinstance(pl_module, ConsistencyModel):
-            raise ValueError(
-                f"TangentWarmup fades in the tangent of a consistency model, which {type(pl_module).__name__} has not; "
-                "leave the callback out."
-            )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
