@@ -266,12 +266,12 @@ def test_cosine_attention_through_the_public_function(extension):
     o, to = torch.func.jvp(cosine_attention, (x,), (t,))
     assert relative_error(o, exact[0]) < 6e-4 and relative_error(to, exact[1]) < 6e-4 and o.is_contiguous()
     assert not extension and launch._agrees == {(launch.cosine_trial, torch.device("cpu"), torch.float16, 64): True}
-    for D, N in ((64, 64), (64, 76), (32, 72), (128, 72)):
+    for D, N in ((64, 76), (32, 72), (128, 72)):
         assert launch.cosine_jvp(*torch.randn(2, 1, 1, D, 3, N).half(), 0.1, 1e-4) is None
-    assert len(extension) == 4
+    assert len(extension) == 3
 
 
-@pytest.mark.parametrize("N, M, D", [(64, 64, 64), (70, 70, 32), (0, 70, 64), (70, 70, 96)])
+@pytest.mark.parametrize("N, M, D", [(64, 64, 72), (70, 70, 32), (0, 70, 64), (70, 70, 96)])
 def test_shapes_that_stay_with_triton(extension, N, M, D):
     x, t = inputs(1, 2, N, M, D, torch.float16)
     launch.attention_jvp(*x, *t, 0.1)
@@ -519,7 +519,7 @@ def test_accuracy_of_hard_cases_on_the_gpu(on_hopper, case, dtype, N, D):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("B, N", [(2, 72), (2, 256), (40, 256), (20, 384), (2, 1024)])
+@pytest.mark.parametrize("B, N", [(1, 64), (40, 64), (3, 24), (2, 72), (2, 256), (40, 256), (20, 384), (2, 1024)])
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_cosine_attention_on_the_gpu(on_hopper, dtype, B, N):
     torch.manual_seed(0)
@@ -533,6 +533,20 @@ def test_cosine_attention_on_the_gpu(on_hopper, dtype, B, N):
     g = torch.randn_like(o)
     gradients = (torch.autograd.grad(a, b, g.to(a.dtype))[0] for a, b in ((o, x), (expected[0], exact)))
     assert relative_error(*gradients) < 3 * bound
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize(
+    "B, H, N, M", [(1, 1, 64, 64), (1, 3, 64, 64), (5, 3, 17, 40), (3, 133, 64, 64), (2, 3, 200, 1)]
+)
+def test_pairs_of_heads_on_the_gpu(on_hopper, B, H, N, M, dtype):
+    """Up to 64 queries and keys, an odd number of heads among them: the last one has no partner."""
+    torch.manual_seed(0)
+    x, t = ([torch.randn(B, H, n, 64, device="cuda").to(dtype) for n in (N, M, M)] for _ in range(2))
+    o, to = torch.func.jvp(jvp_attention, tuple(x), tuple(t))
+    exact = reference.attention_jvp(*(a.double() for a in (*x, *t)), 0.125)
+    assert relative_error(o, exact[0]) < BOUNDS[dtype] and relative_error(to, exact[1]) < BOUNDS[dtype]
 
 
 @pytest.mark.gpu
@@ -568,3 +582,12 @@ def test_graphs_streams_and_devices(on_hopper):
                 results = torch.func.jvp(jvp_attention, tuple(x), tuple(t))
             torch.cuda.current_stream().wait_stream(stream)
             assert torch.equal(results[1], expected[1])
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    work = [torch.randn(2, 3, 4, 16, 2048, 128, device=device, dtype=torch.bfloat16) for device in devices]
+    alone = []
+    for x, t in work:
+        alone.append(torch.func.jvp(jvp_attention, tuple(x), tuple(t)))
+        torch.cuda.synchronize(x.device)
+    for _ in range(10):  # on all devices at once
+        together = [torch.func.jvp(jvp_attention, tuple(x), tuple(t)) for x, t in work]
+        assert all(torch.equal(a, b) for pair in zip(together, alone, strict=True) for a, b in zip(*pair, strict=True))
