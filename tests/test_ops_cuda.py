@@ -271,7 +271,7 @@ def test_cosine_attention_through_the_public_function(extension):
     assert len(extension) == 3
 
 
-@pytest.mark.parametrize("N, M, D", [(64, 64, 72), (70, 70, 32), (0, 70, 64), (70, 70, 96)])
+@pytest.mark.parametrize("N, M, D", [(64, 64, 64), (70, 70, 32), (0, 70, 64), (70, 70, 96)])
 def test_shapes_that_stay_with_triton(extension, N, M, D):
     x, t = inputs(1, 2, N, M, D, torch.float16)
     launch.attention_jvp(*x, *t, 0.1)
@@ -540,8 +540,9 @@ def test_cosine_attention_on_the_gpu(on_hopper, dtype, B, N):
 @pytest.mark.parametrize(
     "B, H, N, M", [(1, 1, 64, 64), (1, 3, 64, 64), (5, 3, 17, 40), (3, 133, 64, 64), (2, 3, 200, 1)]
 )
-def test_pairs_of_heads_on_the_gpu(on_hopper, B, H, N, M, dtype):
+def test_pairs_of_heads_on_the_gpu(on_hopper, monkeypatch, B, H, N, M, dtype):
     """Up to 64 queries and keys, an odd number of heads among them: the last one has no partner."""
+    monkeypatch.setattr(launch, "FEWEST_KEYS", {64: 1})
     torch.manual_seed(0)
     x, t = ([torch.randn(B, H, n, 64, device="cuda").to(dtype) for n in (N, M, M)] for _ in range(2))
     o, to = torch.func.jvp(jvp_attention, tuple(x), tuple(t))
@@ -571,7 +572,7 @@ def test_graphs_streams_and_devices(on_hopper):
         expected = torch.func.jvp(jvp_attention, tuple(x), tuple(t))
         with torch.cuda.device(device):
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # the default one is of the first device
                 o, to = torch.func.jvp(jvp_attention, tuple(x), tuple(t))
             o.zero_(), to.zero_()
             graph.replay()
