@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import yaml
 from demo import draw
+from matplotlib.figure import Figure
 from provenance import commit
 from rich.console import Console
 from rich.table import Table
@@ -48,6 +49,7 @@ SECONDS = {  # of training: teacher, student
 REPORTED = ("sprint", "full")
 MARGIN = 0.98  # of the steps that the first few hundred promise: a GPU slows down as it gets warm
 SEARCH_SEED = 1000
+DISTANCE = "Fréchet distance\nin a classifier's features"
 TINY: dict[str, dict[str, Any]] = {  # what differs from the configs, to try all this without a GPU
     "backbone": {"channels": 16, "channel_mult": [1, 2, 2], "num_blocks": 1, "head_channels": 16},
     "model": {"compile": False, "channels_last": False},
@@ -179,6 +181,7 @@ def train(kind: str, folder: Path, seed: int, args: argparse.Namespace) -> dict[
         if not found.exists():
             shutil.rmtree(trial / kind, ignore_errors=True)  # it was interrupted
             config = config_of(kind, trial, SEARCH_SEED, 12 if tiny else 600, tiny, teacher)
+            config["trainer"]["callbacks"][-1]["init_args"]["every_n_train_steps"] *= 4  # after the time is taken
             write(config, trial / f"{kind}.yaml")
             sclightning("fit", "--config", trial / f"{kind}.yaml", *args.options)
             found.write_text(json.dumps(pace(trial / kind)) + "\n")
@@ -333,6 +336,26 @@ def picture(folder: Path, columns: int = 20) -> None:
     print(f"Drew {folder / 'samples.png'}")
 
 
+def plot(rows: dict[str, Any], floor: float, path: Path) -> None:
+    """The distances of a budget over the number of evaluations; a dot is a seed."""
+    figure = Figure((6, 3.2), layout="constrained", dpi=110)
+    axes = figure.subplots()
+    for name, kind in (("teacher", "teacher, Heun"), ("scd", "sCD"), ("sct", "sCT")):
+        found = sorted((rows[row] for row in ROWS if row in rows and row.startswith(name)), key=lambda row: row["nfe"])
+        if found:
+            (line,) = axes.plot([r["nfe"] for r in found], [np.mean(r["fd"]) for r in found], "-", label=kind)
+            for row in found:
+                axes.plot([row["nfe"]] * len(row["fd"]), row["fd"], "o", color=line.get_color())
+    axes.axhline(floor, color="grey", linestyle="--", label="test images")
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel=DISTANCE, xticks=[1, 2, 5, 10, 35])
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+    print(f"Drew {path}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, test, merge, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -376,6 +399,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             found = json.loads(args.out.read_text())[args.budget] if reported else summarise(records)
             Console(width=140).print(table(found, known.get("floor")))
             picture(folder)
+            if reported:
+                plot(found, known["floor"], folder.parent / "distances.png")
 
 
 def digest() -> str:

@@ -56,3 +56,20 @@ def test_training_step_is_the_recorded_run():
     peers = found["peers_scd_ms"] / found["diffusion_ms"]
     text = f"{found['scd_over_diffusion']:.2f} (sCD) and {found['sct_over_diffusion']:.2f} (sCT) diffusion steps"
     assert text in README and f"sCD the peers' way {peers:.2f} " in README
+
+
+def test_fashion_mnist_tables_are_the_recorded_run():
+    """Both tables, here and in docs/fashion_mnist.md, hold the sprint of benchmarks/results/fashion_mnist.json."""
+    results = json.loads((ROOT / "benchmarks/results/fashion_mnist.json").read_text())
+    sprint, floor, page = results["sprint"], results["floor"], (ROOT / "docs/fashion_mnist.md").read_text()
+    mean = {name: sum(row["fd"]) / len(row["fd"]) for name, row in sprint.items() if "fd" in row}
+    assert set(mean) == {"teacher", "scd_2step", "scd_1step", "sct_2step", "sct_1step"}
+    for name, fd in mean.items():
+        found = sprint[name]
+        kind = {"teacher": "teacher, Heun", "scd": "sCD", "sct": "sCT"}[name.split("_")[0]]
+        ratio, rate = f"{fd:.3f} | {fd / mean['teacher']:.2f}", f"{found['images_per_second']:,.0f}"
+        seconds, start = f"{found['train_seconds']:.0f}", f"{found['startup_seconds']:.0f}"
+        assert f"| {kind} | {found['nfe']} | {ratio} | {seconds} | {rate} |" in README
+        assert f"| {kind} | {found['nfe']} | {ratio} | {fd / floor:.2f} | {seconds} | {start} | {rate} |" in page
+    assert f"| test images | - | {floor:.3f} | {floor / mean['teacher']:.2f} |" in README
+    assert found["seeds"] == [0] and "seed 0" in README
