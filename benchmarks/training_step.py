@@ -207,10 +207,19 @@ def clock(device: str) -> Callable[[], Callable[[], float]]:
 def measure(step: Step, repeats: int, ready: Callable[[], None]) -> dict:
     """Median forward and backward, update, and both on end; images per second; peak of allocated memory."""
     device, start = step.args.device, time.perf_counter()
-    for _ in range(3):
-        step.forward_backward()
-        step.update()
-    wait(device)
+    for attempt in itertools.count():
+        try:
+            for _ in range(3):
+                step.forward_backward()
+                step.update()
+            wait(device)
+            break
+        except torch.OutOfMemoryError:
+            if step.args.jobs == 1 or attempt == 20:
+                raise
+        gc.collect()  # those beside this one have the memory for a few seconds; what is compiled stays
+        torch.cuda.empty_cache()
+        time.sleep(10)
     seconds = time.perf_counter() - start
     ready()
     step.forward_backward()  # allocates again what was given back while others compiled
