@@ -9,9 +9,10 @@ demo: $(VENV)/installed
 
 BUDGET ?= sprint
 SEEDS ?= 0
+DEVICES ?= 1
 
 fashion: $(VENV)/installed
-	$(PYTHON) benchmarks/fashion_mnist.py --budget $(BUDGET) --seeds $(SEEDS)
+	$(PYTHON) benchmarks/fashion_mnist.py --budget $(BUDGET) --seeds $(SEEDS) --devices $(DEVICES)
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile

@@ -9,17 +9,22 @@ Both come out of the wall times in the TensorBoard log.
 Repeat the command after an interruption: runs go on from their last checkpoint, finished ones are only tested. Figures
 are merged into the JSON by budget, model and seed, so that seeds may be run at different times.
 
-Usage: python benchmarks/fashion_mnist.py --budget sprint --seeds 0 1 2
+Usage: python benchmarks/fashion_mnist.py --budget sprint --seeds 0 1 2 [--devices 2]
 Settings are compared on another seed, which no result has: … --search --only scd --teacher CKPT -- --model.P_mean=-1.0
 In miniature, on the CPU: python benchmarks/fashion_mnist.py --budget tiny
 """
 
 import argparse
+import functools
 import json
+import os
+import queue
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +64,21 @@ TINY: dict[str, dict[str, Any]] = {  # what differs from the configs, to try all
 }
 
 
-def sclightning(*command: Any) -> None:
-    """One command in a process of its own, which leaves neither memory nor compiled code behind."""
-    print(f"\n$ sclightning {' '.join(map(str, command))}", flush=True)
-    subprocess.run([sys.executable, "-m", "sclightning", *map(str, command)], check=True)
+def sclightning(*command: Any, device: str | None = None) -> None:
+    """One command in a process of its own, which leaves neither memory nor compiled code behind.
+
+    Args:
+        command: What follows ``sclightning``, the config third.
+        device: Name of the only GPU that it sees; what it says then goes to a file beside the config.
+    """
+    told = "" if device is None else f" on GPU {device}"
+    print(f"\n$ sclightning {' '.join(map(str, command))}{told}", flush=True)
+    run = functools.partial(subprocess.run, [sys.executable, "-m", "sclightning", *map(str, command)], check=True)
+    if device is None:
+        run()
+        return
+    with Path(command[2]).with_suffix(".log").open("a") as log:
+        run(env=os.environ | {"CUDA_VISIBLE_DEVICES": device}, stdout=log, stderr=subprocess.STDOUT)
 
 
 # --- Configs ----------------------------------------------------------------------------------------------------------
@@ -157,8 +173,29 @@ def pace(folder: Path) -> dict[str, float]:
     return {"steps_per_second": rate, "startup_seconds": startup[0] - startup[1] / rate}
 
 
-def train(kind: str, folder: Path, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Train a model, unless that is done; give the record of its run.
+TRIALS = {kind: threading.Lock() for kind in KINDS}
+
+
+def steps_of(kind: str, folder: Path, args: argparse.Namespace, run: Callable) -> int:
+    """Optimizer steps that fit the seconds of a budget, by a trial of the first few hundred: one for all seeds."""
+    trial, teacher = args.folder / "pace", args.teacher or str(folder / "teacher/last.ckpt")
+    found, tiny = trial / f"{kind}.json", args.budget == "tiny"
+    with TRIALS[kind]:
+        if not found.exists():
+            shutil.rmtree(trial / kind, ignore_errors=True)  # it was interrupted
+            config = config_of(kind, trial, SEARCH_SEED, 12 if tiny else 600, tiny, teacher)
+            config["trainer"]["callbacks"][-1]["init_args"]["every_n_train_steps"] *= 4  # after the time is taken
+            write(config, trial / f"{kind}.yaml")
+            run("fit", "--config", trial / f"{kind}.yaml", *args.options)
+            found.write_text(json.dumps(pace(trial / kind)) + "\n")
+    rate = json.loads(found.read_text())["steps_per_second"]
+    seconds = args.seconds or SECONDS[args.budget][kind != "teacher"]
+    least = saved(trial / kind)["trainer"]["log_every_n_steps"]  # there have to be losses to take the time from
+    return 4 * max(least, int(MARGIN * seconds * rate / 4))
+
+
+def train(kind: str, folder: Path, seed: int, args: argparse.Namespace, run: Callable) -> dict[str, Any]:
+    """Train a model with ``run``, unless that is done; give the record of its run.
 
     Raises:
         FileExistsError: If what is there was trained with other options.
@@ -172,26 +209,14 @@ def train(kind: str, folder: Path, seed: int, args: argparse.Namespace) -> dict[
                 "the run beside it."
             )
         return made
-    tiny, path = args.budget == "tiny", folder / f"{kind}.yaml"
+    path = folder / f"{kind}.yaml"
     if path.exists():
         steps = yaml.safe_load(path.read_text())["trainer"]["max_steps"]
     else:
-        trial, teacher = args.folder / "pace", args.teacher or str(folder / "teacher/last.ckpt")
-        found = trial / f"{kind}.json"  # one for all seeds
-        if not found.exists():
-            shutil.rmtree(trial / kind, ignore_errors=True)  # it was interrupted
-            config = config_of(kind, trial, SEARCH_SEED, 12 if tiny else 600, tiny, teacher)
-            config["trainer"]["callbacks"][-1]["init_args"]["every_n_train_steps"] *= 4  # after the time is taken
-            write(config, trial / f"{kind}.yaml")
-            sclightning("fit", "--config", trial / f"{kind}.yaml", *args.options)
-            found.write_text(json.dumps(pace(trial / kind)) + "\n")
-        rate = json.loads(found.read_text())["steps_per_second"]
-        seconds = args.seconds or SECONDS[args.budget][kind != "teacher"]
-        least = saved(trial / kind)["trainer"]["log_every_n_steps"]  # there have to be losses to take the time from
-        steps = 4 * max(least, int(MARGIN * seconds * rate / 4))
-    config = config_of(kind, folder, seed, steps, tiny, args.teacher)
+        steps = steps_of(kind, folder, args, run)
+    config = config_of(kind, folder, seed, steps, args.budget == "tiny", args.teacher)
     write(config, path)
-    sclightning("fit", "--config", path, "--ckpt_path", "last", *args.options)
+    run("fit", "--config", path, "--ckpt_path", "last", *args.options)
     measured, batch = pace(folder / kind), saved(folder / kind)["data"]["init_args"]["batch_size"]
     result = {
         "kind": kind,
@@ -210,26 +235,26 @@ def train(kind: str, folder: Path, seed: int, args: argparse.Namespace) -> dict[
     return result
 
 
-def test(kind: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Make the samples of a trained model; give their distances by row and where they were made.
+def test(kind: str, folder: Path, args: argparse.Namespace, run: Callable) -> dict[str, Any]:
+    """Make the samples of a trained model with ``run``; give their distances by row and where they were made.
 
     The samples are kept in ``samples.npz``, one array a row, uint8 (N, H, W), and their labels.
     """
     checkpoint = folder / kind / "last.ckpt"
     command = ("test", "--config", folder / f"{kind}.yaml", "--ckpt_path", checkpoint, "--evaluation.save=npz")
-    sclightning(*command, *args.options)
+    run(*command, *args.options)
     made = max(checkpoint.parent.glob("last_*.json"), key=lambda p: p.stat().st_mtime)
     found = json.loads(made.read_text())
     rows, samples = {}, {}
-    for run in found["runs"]:
-        row = kind if kind == "teacher" else f"{kind}_{run['nfe']}step"
+    for tested in found["runs"]:
+        row = kind if kind == "teacher" else f"{kind}_{tested['nfe']}step"
         rows[row] = {
-            "fd": run["fd_classifier"],
-            "nfe": run["nfe"],
-            "samples": run["samples"],
-            "samples_per_second": round(run["images_per_second"], 1),
+            "fd": tested["fd_classifier"],
+            "nfe": tested["nfe"],
+            "samples": tested["samples"],
+            "samples_per_second": round(tested["images_per_second"], 1),
         }
-        raw = max(checkpoint.parent.glob(f"last_*_nfe{run['nfe']}_*.npz"), key=lambda p: p.stat().st_mtime)
+        raw = max(checkpoint.parent.glob(f"last_*_nfe{tested['nfe']}_*.npz"), key=lambda p: p.stat().st_mtime)
         samples[row] = np.load(raw)["arr_0"][..., 0]
         raw.unlink()
     label = np.arange(found["samples"]) % FashionMNISTDataModule.num_classes  # as requests for samples have them
@@ -361,6 +386,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", choices=SECONDS, default="sprint")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--devices", type=int, default=1, help="GPUs to run models on side by side")
     parser.add_argument("--only", nargs="+", choices=[*KINDS, "floor"], help="models to train and test, or the floor")
     parser.add_argument(
         "--teacher", help="checkpoint of a teacher for the students of all seeds, in place of their own"
@@ -386,21 +412,53 @@ def main(argv: Sequence[str] | None = None) -> None:
         known |= floor()
         args.out.write_text(json.dumps(known, indent=2) + "\n")
         print(f"Held-out accuracy {known['classifier']['held_out_accuracy']:.4f}, floor {known['floor']:.4f}")
-    for seed in args.seeds:
-        records, folder = [], args.folder / f"seed{seed}"
-        for kind in args.only or KINDS:
-            if kind == "floor" or (kind == "teacher" and args.teacher):
-                continue
-            record = train(kind, folder, seed, args) | test(kind, folder, args)
-            records.append(record)
-            if reported:
-                merge(record, args.budget, args.out)
-        if records:
-            found = json.loads(args.out.read_text())[args.budget] if reported else summarise(records)
-            Console(width=140).print(table(found, known.get("floor")))
-            picture(folder)
-            if reported:
-                plot(found, known["floor"], folder.parent / "distances.png")
+    with ThreadPoolExecutor(args.devices) as pool:
+        for seed, futures in submit(pool, args).items():
+            records, folder = [], args.folder / f"seed{seed}"
+            for future in futures:
+                try:
+                    records.append(future.result())
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+                if reported:
+                    merge(records[-1], args.budget, args.out)
+            if records:
+                found = json.loads(args.out.read_text())[args.budget] if reported else summarise(records)
+                Console(width=140).print(table(found, known.get("floor")))
+                picture(folder)
+                if reported:
+                    plot(found, known["floor"], folder.parent / "distances.png")
+
+
+def submit(pool: ThreadPoolExecutor, args: argparse.Namespace) -> dict[int, list[Future]]:
+    """The runs of each seed, teacher first, as tasks that take one of the devices each."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    names = visible if len(visible) >= args.devices > 1 else map(str, range(args.devices))
+    devices: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for name in [None] if args.devices == 1 else [*names][: args.devices]:
+        devices.put(name)
+
+    def work(kind: str, seed: int, teacher: Future | None) -> dict[str, Any]:
+        if teacher is not None:
+            teacher.result()
+        device = devices.get()
+        try:
+            run = sclightning if device is None else functools.partial(sclightning, device=device)
+            folder = args.folder / f"seed{seed}"
+            return train(kind, folder, seed, args, run) | test(kind, folder, args, run)
+        finally:
+            devices.put(device)
+
+    kinds = [kind for kind in args.only or KINDS if kind != "floor" and not (kind == "teacher" and args.teacher)]
+    jobs = [(kind, seed) for seed in args.seeds for kind in sorted(kinds, key=KINDS.index)]
+    if args.devices > 1:  # so that no device waits for a teacher while another could be trained
+        jobs.sort(key=lambda job: job[0] != "teacher")
+    found: dict[int, list[Future]] = {seed: [] for seed in args.seeds}
+    for kind, seed in jobs:
+        teacher = found[seed][0] if kind != "teacher" and "teacher" in kinds else None
+        found[seed].append(pool.submit(work, kind, seed, teacher))
+    return found
 
 
 def digest() -> str:

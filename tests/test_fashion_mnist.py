@@ -1,5 +1,6 @@
 """benchmarks/fashion_mnist.py and its configs: the numbers of the recipe, the bookkeeping, all of it in miniature."""
 
+import itertools
 import json
 import math
 import sys
@@ -163,6 +164,43 @@ def test_a_reported_run_is_that_of_its_config(tmp_path, capsys):
             recipe.main(["--folder", str(tmp_path / "runs"), "--out", str(tmp_path / "out.json"), *arguments])
         assert message in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_two_devices_share_the_runs(tmp_path, monkeypatch):
+    """Each command sees one GPU, no GPU has two at once, teachers come before students, records go to their seeds."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho $CUDA_VISIBLE_DEVICES $3; sleep 0.1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(recipe.sys, "executable", str(python))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    times = {}
+
+    def train(kind, folder, seed, args, run):
+        begin = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        run("fit", "--config", folder / f"{kind}.yaml")
+        times[kind, seed] = begin, time.monotonic()
+        return record(kind, seed, 1.0 if kind == "teacher" else [3.0, 2.0])
+
+    monkeypatch.setattr(recipe, "train", train)
+    monkeypatch.setattr(recipe, "test", lambda *arguments: {})
+    monkeypatch.setattr(recipe, "picture", lambda folder: None)
+    out = tmp_path / "out.json"
+    out.write_text((ROOT / "benchmarks/results/fashion_mnist.json").read_text())
+    arguments = ["--budget", "full", "--folder", str(tmp_path), "--out", str(out), "--devices", "2"]
+    recipe.main([*arguments, "--seeds", "0", "1", "2"])
+    assert json.loads(out.read_text())["full"]["scd_1step"]["seeds"] == [0, 1, 2]
+    device = {}
+    for kind, seed in times:
+        name, option = (tmp_path / f"seed{seed}/{kind}.log").read_text().split()
+        device[kind, seed] = name
+        assert option == "fit"
+    assert len(times) == 9 and set(device.values()) == {"5", "7"}
+    for a, b in itertools.combinations(times, 2):
+        if device[a] == device[b]:
+            assert times[a][1] <= times[b][0] or times[b][1] <= times[a][0]
+    assert all(times["teacher", s][1] <= times[kind, s][0] for s in range(3) for kind in ("scd", "sct"))
+    assert max(times["teacher", s][0] for s in range(3)) <= min(times["sct", s][0] for s in range(3))
 
 
 def test_runs_of_other_settings_are_not_mixed(tmp_path):
