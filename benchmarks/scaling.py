@@ -32,7 +32,7 @@ class Cluster:
     """Time of the eager step over the compiled one's, measured."""
     half_batch: float = 1.0
     """Images a device at which the step runs at half of its speed; assumed."""
-    hbm: float = 3.02
+    hbm: float = 3.03
     """Memory bandwidth of a device in TB/s, measured."""
     memory: float = 80.0
     """Memory of a device in GB."""
