@@ -12,6 +12,7 @@ import torch.nn.functional as nnF
 from sclightning.data import DigitsDataModule, FashionMNISTDataModule
 from sclightning.metrics import ClassifierFeatures
 
+DISTANCE = "Fréchet distance\nin a classifier's features"  # as axes are labelled
 DATA = {"digits": (DigitsDataModule, 40), "fashion-mnist": (FashionMNISTDataModule, 8)}
 
 

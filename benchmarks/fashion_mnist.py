@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from classifier import DISTANCE
 from demo import draw
 from matplotlib.figure import Figure
 from provenance import commit
@@ -54,7 +55,6 @@ SECONDS = {  # of training: teacher, student
 REPORTED = ("sprint", "full")
 MARGIN = 0.98  # of the steps that the first few hundred promise: a GPU slows down as it gets warm
 SEARCH_SEED = 1000
-DISTANCE = "Fréchet distance\nin a classifier's features"
 TINY: dict[str, dict[str, Any]] = {  # what differs from the configs, to try all this without a GPU
     "backbone": {"channels": 16, "channel_mult": [1, 2, 2], "num_blocks": 1, "head_channels": 16},
     "model": {"compile": False, "channels_last": False},
@@ -73,12 +73,13 @@ def sclightning(*command: Any, device: str | None = None) -> None:
     """
     told = "" if device is None else f" on GPU {device}"
     print(f"\n$ sclightning {' '.join(map(str, command))}{told}", flush=True)
-    run = functools.partial(subprocess.run, [sys.executable, "-m", "sclightning", *map(str, command)], check=True)
+    process = [sys.executable, "-m", "sclightning", *map(str, command)]
     if device is None:
-        run()
+        subprocess.run(process, check=True)
         return
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": device}
     with Path(command[2]).with_suffix(".log").open("a") as log:
-        run(env=os.environ | {"CUDA_VISIBLE_DEVICES": device}, stdout=log, stderr=subprocess.STDOUT)
+        subprocess.run(process, check=True, env=env, stdout=log, stderr=subprocess.STDOUT)
 
 
 # --- Configs ----------------------------------------------------------------------------------------------------------
@@ -433,10 +434,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def submit(pool: ThreadPoolExecutor, args: argparse.Namespace) -> dict[int, list[Future]]:
     """The runs of each seed, teacher first, as tasks that take one of the devices each."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    names = visible if len(visible) >= args.devices > 1 else map(str, range(args.devices))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(args.devices)]
     devices: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    for name in [None] if args.devices == 1 else [*names][: args.devices]:
+    for name in names[: args.devices] if args.devices > 1 else [None]:
         devices.put(name)
 
     def work(kind: str, seed: int, teacher: Future | None) -> dict[str, Any]:

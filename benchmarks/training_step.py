@@ -204,22 +204,27 @@ def clock(device: str) -> Callable[[], Callable[[], float]]:
     return mark
 
 
-def measure(step: Step, repeats: int, ready: Callable[[], None]) -> dict:
-    """Median forward and backward, update, and both on end; images per second; peak of allocated memory."""
-    device, start = step.args.device, time.perf_counter()
+def warm_up(step: Step) -> None:
+    """The first steps, which compile; again, where the processes beside this one have the memory for a while."""
     for attempt in itertools.count():
         try:
             for _ in range(3):
                 step.forward_backward()
                 step.update()
-            wait(device)
-            break
+            wait(step.args.device)
+            return
         except torch.OutOfMemoryError:
             if step.args.jobs == 1 or attempt == 20:
                 raise
-        gc.collect()  # those beside this one have the memory for a few seconds; what is compiled stays
+        gc.collect()  # what is compiled stays
         torch.cuda.empty_cache()
         time.sleep(10)
+
+
+def measure(step: Step, repeats: int, ready: Callable[[], None]) -> dict:
+    """Median forward and backward, update, and both on end; images per second; peak of allocated memory."""
+    device, start = step.args.device, time.perf_counter()
+    warm_up(step)
     seconds = time.perf_counter() - start
     ready()
     step.forward_backward()  # allocates again what was given back while others compiled

@@ -72,4 +72,6 @@ def test_fashion_mnist_tables_are_the_recorded_run():
         assert f"| {kind} | {found['nfe']} | {ratio} | {seconds} | {rate} |" in README
         assert f"| {kind} | {found['nfe']} | {ratio} | {fd / floor:.2f} | {seconds} | {start} | {rate} |" in page
     assert f"| test images | - | {floor:.3f} | {floor / mean['teacher']:.2f} |" in README
+    minutes = sum(run["train_seconds"] + run["startup_seconds"] for run in sprint["runs"]) / 60
+    assert f"Training and start of the three models took {minutes:.0f} GPU minutes" in " ".join(README.split())
     assert found["seeds"] == [0] and "seed 0" in " ".join(README.split())

@@ -41,9 +41,9 @@ import provenance  # noqa: E402
 
 RUNS, RESULTS, PLOTS = Path("runs/figures"), ROOT / "benchmarks/results/figures", ROOT / "docs/figures"
 CONFIGS = {"small": ROOT / "benchmarks/figures/small", "full": ROOT / "configs/fashion_mnist"}
+DISTANCE = classifier.DISTANCE
 PARTS = 4
 """Checkpoints kept of a run, evenly spaced."""
-DISTANCE = "Fréchet distance\nin a classifier's features"
 
 
 class SmallFashionMNIST(FashionMNISTDataModule):

@@ -474,7 +474,8 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
       const int index = item * parts<L>(p) + part, head = head_of<L>(p, index) + (L::PAIRS ? group : 0);
       const int place = opaque(thread_index()), thread = place % 4;
       const int queries = head < p.heads ? p.queries : 0;  // of an odd number of heads the last has no second
-      const int row0 = (L::PAIRS ? 0 : index % p.query_blocks * L::QUERIES + group * ROWS) + place % WARPGROUP / 32 * 16 + place % 32 / 4;
+      const int first = L::PAIRS ? 0 : index % p.query_blocks * L::QUERIES + group * ROWS;  // row of the warpgroup
+      const int row0 = first + place % WARPGROUP / 32 * 16 + place % 32 / 4;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = row0 + 8 * half;

@@ -6,7 +6,7 @@ Which shapes they take, the checks before a launch, and the trial on first use.
 import ctypes
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -198,7 +198,7 @@ def usable(trial: Callable, device: torch.device, dtype: torch.dtype, D: int) ->
     if kind not in _agrees:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # a graph must not hold the trial
             return None
-        error = trial(library, device, dtype, D)
+        error = torch.stack([*trial(library, device, dtype, D)]).nan_to_num(nan=torch.inf).max().item()
         _agrees[kind] = error < BOUNDS[dtype]
         if not _agrees[kind]:
             warnings.warn(
@@ -211,29 +211,26 @@ def usable(trial: Callable, device: torch.device, dtype: torch.dtype, D: int) ->
 
 _agrees: dict[tuple, bool] = {}
 TRIAL_BLOCKS = (2, 16)  # heads whose keys stay in shared memory, and heads that are streamed
-TRIAL_LENGTHS = ((150, 200), (60, 48))  # queries and keys; the second are for the pairs of heads, where there are some
+TRIAL_LENGTHS = ((150, 200), (60, 48))  # queries and keys; the second are for the pairs of heads
 
 
-def trial(library: ctypes.CDLL, device: torch.device, dtype: torch.dtype, D: int) -> float:
-    """Largest relative error of small launches against the formula in float64; infinite where it is not a number."""
+def trial(library: ctypes.CDLL, device: torch.device, dtype: torch.dtype, D: int) -> Iterator[Tensor]:
+    """Relative errors of small launches against the formula in float64, of the lengths that are taken."""
     generator = torch.Generator(device).manual_seed(0)  # the user's random numbers stay as they are
-    errors = []
-    for queries, keys in TRIAL_LENGTHS:
+    for queries, keys in (lengths for lengths in TRIAL_LENGTHS if lengths[1] >= FEWEST_KEYS[D]):
         q, tq = torch.randn(2, 1, 3, queries, D, generator=generator, device=device).to(dtype)
         k, v, tk, tv = torch.randn(4, 1, 3, keys, D, generator=generator, device=device).to(dtype)
         exact = reference.attention_jvp(*(x.double() for x in (q, k, v, tq, tk, tv)), D**-0.5)
         for blocks in TRIAL_BLOCKS:
             found = [torch.full_like(x, torch.nan) for x in (q, q, q[..., 0].float())]
             launch_attention(library, q, k, v, tq, tk, tv, *found, D**-0.5, blocks)
-            errors += [_error(a, b) for a, b in zip(found, exact, strict=True)]
-    return torch.stack(errors).nan_to_num(nan=torch.inf).max().item()
+            yield from map(_error, found, exact)
 
 
-def cosine_trial(library: ctypes.CDLL, device: torch.device, dtype: torch.dtype, D: int) -> float:
+def cosine_trial(library: ctypes.CDLL, device: torch.device, dtype: torch.dtype, D: int) -> Iterator[Tensor]:
     """Likewise for cosine attention, whose vectors here have lengths from a tenth to ten."""
     generator = torch.Generator(device).manual_seed(0)
-    errors = []
-    for _, N in TRIAL_LENGTHS:
+    for N in (keys for _, keys in TRIAL_LENGTHS if keys >= FEWEST_POSITIONS[D]):
         lengths = torch.logspace(-1, 1, N, device=device)
         x, tx = (torch.randn(2, 1, 3, D, 3, N, generator=generator, device=device) * lengths).to(dtype)
         y = (a.transpose(2, 4).unbind(3) for a in reference.pixel_norm_jvp(x.double(), tx.double(), 2, 1e-4))
@@ -242,8 +239,7 @@ def cosine_trial(library: ctypes.CDLL, device: torch.device, dtype: torch.dtype,
             found = [torch.full((1, 3, D, N), torch.nan, dtype=dtype, device=device) for _ in range(2)]
             found.append(torch.full((1, 3, N), torch.nan, device=device))
             launch_cosine(library, x, tx, *found, D**-0.5, 1e-4, blocks)
-            errors += [_error(a, b) for a, b in zip(found, (o.mT, to.mT, lse), strict=True)]
-    return torch.stack(errors).nan_to_num(nan=torch.inf).max().item()
+            yield from map(_error, found, (o.mT, to.mT, lse))
 
 
 def _error(x: Tensor, exact: Tensor) -> Tensor:
