@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as nnF
 from torch import nn
 
 from sclightning.backbones import layers as L
@@ -41,6 +42,25 @@ def test_group_norm_is_torchs(channels):
     x = 3 * torch.randn(2, channels, 4, 4) + 1
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
     assert channels // ours.groups >= 4
+    x = x + 1000 * torch.randn(channels, 1, 1)  # far from zero, where the mean of squares has lost what varies
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+    scale, shift = torch.randn(2, 2, channels)
+    expected = theirs(x) * scale[..., None, None] + shift[..., None, None]
+    torch.testing.assert_close(ours(x, scale, shift), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_group_norm_has_torchs_derivatives():
+    x, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 8, 3, 3), (8,), (8,)))
+    x[1] = 0.7  # nothing varies
+
+    def derivatives(norm):
+        inputs = [v.clone().requires_grad_() for v in (x, weight, bias)]
+        y = norm(*inputs)
+        pulled = torch.autograd.grad(y, inputs, torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view_as(y))
+        return y, pulled, torch.func.jvp(lambda x: norm(x, weight, bias), (x,), (x.roll(1, -1),))[1]
+
+    ours = derivatives(lambda x, w, b: L.group_norm(x, 2, 1e-3, w, b))
+    torch.testing.assert_close(ours, derivatives(lambda x, w, b: nnF.group_norm(x, 2, w, b, 1e-3)))
 
 
 def test_pixel_norm_in_half_precision_does_not_overflow():

@@ -73,11 +73,7 @@ class ExplicitGroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (B, C, ...) over groups of channels and all positions, in float32 or wider."""
-        y = group_norm(x, self.num_groups, self.eps)
-        if self.weight is not None:
-            shape = (-1, *[1] * (x.ndim - 2))
-            y = y * self.weight.view(shape) + self.bias.view(shape)
-        return y.to(x.dtype)
+        return group_norm(x, self.num_groups, self.eps, self.weight, self.bias)
 
 
 class ExplicitLayerNorm(nn.LayerNorm):

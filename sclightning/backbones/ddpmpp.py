@@ -268,7 +268,7 @@ class Block(nn.Module):
         if not self.double_norm:
             return self.norm1(h + modulation[..., None, None])
         scale, shift = modulation.chunk(2, dim=1)
-        return self.norm1(h) * pixel_norm(scale)[..., None, None] + pixel_norm(shift)[..., None, None]
+        return self.norm1(h, pixel_norm(scale), pixel_norm(shift))
 
 
 def _xavier(layer: nn.Linear | nn.Conv2d, gain: float = 1.0) -> nn.Linear | nn.Conv2d:
