@@ -62,14 +62,15 @@ def test_config(kind):
         assert model.nfe == 35
     else:
         assert (model.P_mean, model.P_std, model.normalization) == (-1.0, 1.6, "rms")
-        assert model.times == pytest.approx([math.atan(160), 0.8], abs=1e-4) and callbacks[TangentWarmup.__name__].steps == 300
+        assert model.times == pytest.approx([math.atan(160), 0.8], abs=1e-4)
+        assert callbacks[TangentWarmup.__name__].steps == 300
         assert model.teacher_checkpoint == "runs/fashion_mnist/teacher/last.ckpt"
 
 
 def test_size_is_what_the_docs_say():
     """Parameters and FLOPs of our network, and of the one it is as large as."""
     ours = yaml.safe_load((ROOT / "configs/backbone/fashion_mnist.yaml").read_text())["init_args"]
-    peers = ours | {"channels": 64, "channel_mult": [2, 2, 2], "head_channels": 64, "double_norm": False}
+    peers = ours | {"channel_mult": [2, 2, 2], "num_blocks": 2, "attention_resolutions": [16], "double_norm": False}
     page = " ".join((ROOT / "docs/fashion_mnist.md").read_text().split())
     for network, text in ((ours, "{:.2f} M parameters and {:.1f} GFLOP an image"), (peers, "has {:.2f} M parameters")):
         net = DDPMpp(**network)
@@ -95,7 +96,7 @@ def test_the_script_changes_seed_length_and_folders_only():
     for after, before in ((2 * steps, steps), (2 * steps // 4, steps // 4)):
         text = text.replace(f": {after}\n", f": {before}\n")
     assert yaml.safe_load(text) == theirs
-    assert theirs["model"]["init_args"]["backbone"]["init_args"]["channels"] == 56
+    assert theirs["model"]["init_args"]["backbone"]["init_args"]["channels"] == 64
     given = recipe.config_of("sct", Path("elsewhere"), 0, 4, teacher="good.ckpt")
     assert given["model"]["init_args"]["teacher_checkpoint"] == "good.ckpt"
 

@@ -68,10 +68,20 @@ def test_fashion_mnist_tables_are_the_recorded_run():
         found = sprint[name]
         kind = {"teacher": "teacher, Heun", "scd": "sCD", "sct": "sCT"}[name.split("_")[0]]
         ratio, rate = f"{fd:.3f} | {fd / mean['teacher']:.2f}", f"{found['images_per_second']:,.0f}"
+        each = " ".join(f"{fd:.3f}" for fd in found["fd"])
         seconds, start = f"{found['train_seconds']:.0f}", f"{found['startup_seconds']:.0f}"
         assert f"| {kind} | {found['nfe']} | {ratio} | {seconds} | {rate} |" in README
-        assert f"| {kind} | {found['nfe']} | {ratio} | {fd / floor:.2f} | {seconds} | {start} | {rate} |" in page
+        more = f"{fd / floor:.2f} | {seconds} | {start} | {rate} | {each}"
+        assert f"| {kind} | {found['nfe']} | {ratio} | {more} |" in page
     assert f"| test images | - | {floor:.3f} | {floor / mean['teacher']:.2f} |" in README
     minutes = sum(run["train_seconds"] + run["startup_seconds"] for run in sprint["runs"]) / 60
-    assert f"Training and start of the three models took {minutes:.0f} GPU minutes" in " ".join(README.split())
-    assert found["seeds"] == [0] and "seed 0" in " ".join(README.split())
+    assert f"Training and start of the nine models took {minutes:.0f} GPU minutes" in " ".join(README.split())
+    assert found["seeds"] == [0, 1, 2] and "means of three seeds" in " ".join(README.split())
+
+
+def test_grain_is_the_recorded_run():
+    """What docs/fashion_mnist.md says of grain is what benchmarks/results/fashion_mnist_grain.json says."""
+    rows = json.loads((ROOT / "benchmarks/results/fashion_mnist_grain.json").read_text())["rows"]
+    two, one, teacher = (rows[name]["fd_black"] for name in ("scd_2step", "scd_1step", "teacher"))
+    said = f"{two:.3f} (sCD, 2 steps), {one:.3f} (1 step) and {teacher:.3f} (teacher): {two / teacher:.2f} and"
+    assert f"{said} {one / teacher:.2f} times" in " ".join((ROOT / "docs/fashion_mnist.md").read_text().split())

@@ -71,9 +71,7 @@ class GroupNorm(nn.Module):
         return group_norm(x, self.groups, self.eps, weight, bias)
 
 
-def group_norm(
-    x: Tensor, groups: int, eps: float, weight: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
+def group_norm(x: Tensor, groups: int, eps: float, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """Group normalisation of (B, C, ...), in float32 or wider, with affine part (C,) or (B, C).
 
     All that a channel needs comes to two numbers, a factor and a shift; forward, backward and tangent then look at the
