@@ -114,7 +114,8 @@ class Step:
 
 
 def compile_options(args: argparse.Namespace) -> dict:
-    return {"backend": args.backend} | ({} if args.mode is None else {"mode": args.mode})
+    given = {"mode": args.mode, "options": {key: json.loads(value) for key, value in args.options} or None}
+    return {"backend": args.backend} | {name: value for name, value in given.items() if value is not None}
 
 
 def module_of(kind: str, make: Callable, args: argparse.Namespace, compile: bool | dict) -> TrigFlowModule:
@@ -508,6 +509,14 @@ def main() -> None:
     )
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--mode", help="of torch.compile")
+    parser.add_argument(
+        "--options",
+        type=lambda text: text.split("=", 1),
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of torch.compile, such as realize_opcount_threshold=100, where there is no mode",
+    )
     parser.add_argument("--profile", action="store_true", help="also list each step's kernels")
     parser.add_argument("--devices", type=int, default=1, help="of the part trainer, with DDP")
     parser.add_argument("--device", default="cuda")
@@ -524,6 +533,7 @@ def main() -> None:
         "precision": f"{args.dtype} autocast".removeprefix("torch."),
         "channels_last": args.channels_last,
         "cudnn_benchmark": args.cudnn_benchmark,
+        "compile": compile_options(args),
         "ceiling_tflop_s": round(ceiling_tflop_s(args), 4),
     }
     suffix = "" if args.devices == 1 else f"_{args.devices}_devices"
