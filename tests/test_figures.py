@@ -113,7 +113,9 @@ def test_students_of_fig5a(script, tiny, monkeypatch):
     result = fig5a.compute("tiny", [0])
     assert result["tangents"].keys() == {"raw", "normalised"}
     for entry in result["tangents"].values():
-        assert [found["rate"] for found in entry["search"]] == [1e-3, 1e3]
+        best, worst = entry["search"]
+        assert {best["rate"], worst["rate"]} == {1e-3, 1e3}
+        assert best["fd_1step"] * best["fd_2step"] < worst["fd_1step"] * worst["fd_2step"]
         (curve,) = entry["seeds"]
         assert curve["steps"] == [2, 4]
         assert all(value > 0 for nfe in (1, 2) for value in curve[f"fd_{nfe}step"])
@@ -191,3 +193,15 @@ def test_page_says_what_was_measured(script):
             assert result["label"] in page
             for row in script(name).rows(result):
                 assert row in page
+
+
+def test_sizes_of_figure_6_can_be_made(script):
+    """In each scale's network every size has heads that divide its channels, and more parameters than the last."""
+    configs = {"small": "benchmarks/figures/small/teacher.yaml", "full": "configs/backbone/fashion_mnist.yaml"}
+    for scale, config in configs.items():
+        text = yaml.safe_load((ROOT / config).read_text())
+        backbone = (text["model"]["init_args"]["backbone"] if "model" in text else text)["init_args"]
+        with torch.device("meta"):
+            networks = [DDPMpp(**backbone | size) for size in script("fig6").SIZES[scale]]
+        counts = [sum(p.numel() for p in network.parameters()) for network in networks]
+        assert counts == sorted(set(counts)) and len(counts) == 3

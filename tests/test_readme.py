@@ -85,3 +85,11 @@ def test_grain_is_the_recorded_run():
     two, one, teacher = (rows[name]["fd_black"] for name in ("scd_2step", "scd_1step", "teacher"))
     said = f"{two:.3f} (sCD, 2 steps), {one:.3f} (1 step) and {teacher:.3f} (teacher): {two / teacher:.2f} and"
     assert f"{said} {one / teacher:.2f} times" in " ".join((ROOT / "docs/fashion_mnist.md").read_text().split())
+
+
+def test_search_table_is_the_recorded_runs():
+    """Every setting of benchmarks/results/search.json has its row in docs/fashion_mnist.md."""
+    page = (ROOT / "docs/fashion_mnist.md").read_text()
+    for found in json.loads((ROOT / "benchmarks/results/search.json").read_text()).values():
+        distances = [found["fd_1step"], *(found["fd_2step"][time] for time in ("1.1", "0.9", "0.7"))]
+        assert f"| {' | '.join(f'{fd:.3f}' for fd in distances)} |" in page

@@ -26,8 +26,8 @@ class AdaGNBlock(Block):
 
     def modulate(self, h: Tensor, emb: Tensor) -> Tensor:
         """Modulated activations, shape of ``h``."""
-        scale, shift = self.modulation(emb)[..., None, None].chunk(2, dim=1)
-        return self.norm1(h) * (1 + scale) + shift
+        scale, shift = self.modulation(emb).chunk(2, dim=1)
+        return self.norm1(h, 1 + scale, shift)
 
 
 def adagn(cli):

@@ -9,7 +9,10 @@ import common
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-CHANNELS = {"small": (4, 8, 16), "full": (28, 56, 84)}
+SIZES = {
+    "small": [{"channels": 4}, {"channels": 8}, {"channels": 16}],
+    "full": [{"channels": 32, "head_channels": 32}, {"channels": 64}, {"channels": 96, "head_channels": 96}],
+}
 
 
 def flops(run: common.Run) -> int:
@@ -23,14 +26,15 @@ def flops(run: common.Run) -> int:
 def compute(scale: str, seeds: Sequence[int]) -> dict:
     """A teacher, an sCD and an sCT of each size."""
     result = {"sizes": []}
-    for channels in CHANNELS[scale]:
-        teacher = common.fit("teacher", scale, backbone__channels=channels)
+    for size in SIZES[scale]:
+        network = {f"backbone__{name}": value for name, value in size.items()}
+        teacher = common.fit("teacher", scale, **network)
         fd = common.measure(teacher)[0]["fd"]
-        size = {"channels": channels, "parameters": common.parameters(teacher), "flops": flops(teacher), "teacher": fd}
+        found = size | {"parameters": common.parameters(teacher), "flops": flops(teacher), "teacher": fd}
         for kind in ("scd", "sct"):
-            run = common.fit(kind, scale, backbone__channels=channels, teacher_checkpoint=teacher.checkpoint)
-            size[kind] = common.distances(run) | {"run": run.record}
-        result["sizes"].append(size)
+            run = common.fit(kind, scale, **network, teacher_checkpoint=teacher.checkpoint)
+            found[kind] = common.distances(run) | {"run": run.record}
+        result["sizes"].append(found)
     data_and_device = [common.label(teacher).split(", ")[i] for i in (0, -1)]
     millions = ", ".join(f"{size['parameters'] / 1e6:.2f}" for size in result["sizes"])
     label = f"{data_and_device[0]}, {millions} M parameters, {data_and_device[1]}"

@@ -1,0 +1,107 @@
+"""One setting of a student on 8x8 Fashion-MNIST, on one CPU core, with a seed that no result has.
+
+The network has 0.2 M parameters, a student's batches are of 256 images. Distances, of one step and of two with several
+second times, are to the training images in a small classifier's features. They enter benchmarks/results/search.json
+under the setting's name.
+
+Usage: python benchmarks/search.py --name NAME [--images 400000] [--lr 2e-4] [-- --model.P_mean=-1.0 --model.c=5.0]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from fashion_mnist import SEARCH_SEED
+from provenance import commit
+
+from sclightning.cli import main as sclightning
+
+sys.path.append(str(Path(__file__).parent / "figures"))
+import common
+
+RUNS, OUT = Path("runs/search"), Path("benchmarks/results/search.json")
+TIMES = (1.3, 1.1, 0.9, 0.7, 0.5, 0.35)
+BATCH = {"teacher": 128, "scd": 256}
+COMMON = {
+    "seed_everything": SEARCH_SEED,
+    "model.seed": SEARCH_SEED,
+    "data.seed": SEARCH_SEED,
+    "model.backbone.channels": 16,
+    "model.optimizer": "torch.optim.Adam",
+    "model.compile": True,
+    "data.num_test_samples": 10_000,
+    "trainer.logger": False,
+    "trainer.log_every_n_steps": 50,
+}
+STUDENT = {"model.P_mean": -1.0, "model.P_std": 1.6, "model.normalization": "rms"}
+
+
+def command(kind: str, folder: Path, lr: float, beta2: float, images: int) -> list[str]:
+    """What follows ``sclightning fit``: the config of the figures' small scale with these values in their place."""
+    steps = images // BATCH[kind]
+    checkpoints = {"dirpath": str(folder), "save_last": True, "save_top_k": 0, "every_n_train_steps": steps}
+    callbacks = {"EMA": {"sigma_rel": 0.05}, "ModelCheckpoint": checkpoints}
+    callbacks |= {} if kind == "teacher" else {"TangentWarmup": {"steps": min(300, steps // 4)}}
+    values = COMMON | ({"model.label_dropout": 0} if kind == "teacher" else STUDENT)
+    values |= {
+        "model.optimizer.lr": lr,
+        "model.optimizer.betas": [0.9, beta2],
+        "model.lr_scheduler.max_lr": lr,
+        "model.lr_scheduler.total_steps": steps,
+        "data.batch_size": BATCH[kind],
+        "trainer.max_steps": steps,
+        "trainer.default_root_dir": str(folder),
+        "trainer.callbacks": [{"class_path": name, "init_args": value} for name, value in callbacks.items()],
+    }
+    config = str(Path(__file__).parent / f"figures/small/{kind}.yaml")
+    texts = (f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items())
+    return ["--config", config, *texts]
+
+
+def fit(folder: Path, arguments: list[str]) -> None:
+    """Train, unless that is done."""
+    if not (folder / "last.ckpt").exists():
+        sclightning(["fit", *arguments])
+
+
+def distances(folder: Path, arguments: list[str], steps: int) -> list[float]:
+    """Fréchet distances of 1 … ``steps`` steps of a trained student to the training images."""
+    weights = common.classifier_weights(common.SmallFashionMNIST.name)
+    evaluation = {"extractor.class_path": "sclightning.metrics.ClassifierFeatures", "reference": "train"}
+    evaluation |= {"extractor.weights": str(weights), "steps": json.dumps([*range(1, steps + 1)])}
+    chosen = [f"--evaluation.{name}={value}" for name, value in evaluation.items()]
+    checkpoint = str(folder / "last.ckpt")
+    sclightning(["test", *arguments, "--evaluation=FIDEvaluation", *chosen, "--ckpt_path", checkpoint])
+    made = max(folder.glob("last_*.json"), key=lambda path: path.stat().st_mtime)
+    return [run["fd_classifier"] for run in json.loads(made.read_text())["runs"]]
+
+
+def main() -> None:
+    """Train the teacher if there is none, train the student, measure it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", required=True, help="of this setting")
+    parser.add_argument("--images", type=int, default=400_000, help="of the student's training")
+    parser.add_argument("--teacher-images", type=int, default=768_000)
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--beta2", type=float, default=0.999)
+    parser.add_argument("options", nargs="*", help="after --, of sclightning fit")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    teacher, folder = RUNS / "teacher", RUNS / args.name
+    fit(teacher, command("teacher", teacher, 2e-3, 0.99, args.teacher_images))
+    arguments = command("scd", folder, args.lr, args.beta2, args.images)
+    arguments += [f"--model.teacher_checkpoint={teacher / 'last.ckpt'}", *args.options]
+    fit(folder, arguments)
+    two = {time: distances(folder, [*arguments, f"--model.times=[1.5645,{time}]"], 2) for time in TIMES}
+    found = {"fd_1step": two[TIMES[0]][0], "fd_2step": {time: fd[1] for time, fd in two.items()}}
+    settings = {"lr": args.lr, "beta2": args.beta2, "images": args.images, "options": args.options}
+    known = json.loads(OUT.read_text()) if OUT.exists() else {}
+    known[args.name] = settings | found | {"torch": torch.__version__, "commit": commit()}
+    OUT.write_text(json.dumps(known, indent=2) + "\n")
+    print(args.name, json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
