@@ -200,6 +200,8 @@ def test_wrong_inputs_are_refused(batch):
         adapter(batch, T.bfloat16())
     with pytest.raises(ValueError, match="one time in radians per sample"):
         adapter(batch, T[:1])
+    with pytest.raises(ValueError, match=r"Net is called as net\(x, t, guidance=guidance\), which"):
+        adapter(batch, T, guidance=T)
 
 
 def test_weight_normalisation_reaches_the_network():

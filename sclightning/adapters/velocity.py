@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sclightning.adapters.process import Levels
+from sclightning.backbones.layers import check_conditions
 from sclightning.trigflow import expand_time
 
 Prediction = Literal["noise", "data", "v", "flow", "edm", "trigflow"]
@@ -113,6 +114,9 @@ class VelocityAdapter(nn.Module):
 
         Returns:
             F in float32 or wider whatever the network's precision, shape of ``x``.
+
+        Raises:
+            ValueError: If the network has no argument for a condition that is given.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
         expand_time(t, x)  # refuses times of another shape or of half precision
@@ -120,11 +124,10 @@ class VelocityAdapter(nn.Module):
         scale, from_x, from_output = (expand_time(c.to(wide), x) for c in self.coefficients(t, levels))
         dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), wide)
         conditions = {"label": label, "guidance": guidance}
-        output = self.network(
-            (scale * x).to(dtype),
-            levels.time.to(wide),
-            **{name: value for name, value in conditions.items() if value is not None},
-        )
+        conditions = {name: value for name, value in conditions.items() if value is not None}
+        if not torch.compiler.is_compiling():
+            check_conditions(self.network, x, t, conditions)
+        output = self.network((scale * x).to(dtype), levels.time.to(wide), **conditions)
         return from_x * x + from_output * output
 
     def coefficients(self, t: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Tensor]:
