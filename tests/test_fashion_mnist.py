@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import fashion_mnist as recipe  # noqa: E402
+import search  # noqa: E402
 
 from sclightning.backbones import DDPMpp  # noqa: E402
 from sclightning.callbacks import EMA, TangentWarmup  # noqa: E402
@@ -312,3 +313,19 @@ def test_recipe_in_miniature(tmp_path, images, monkeypatch, capsys):
     assert [command[0] for command in commands[7:]] == ["test"]
     again = dict(np.load(folder / "scd/samples.npz"))
     assert all(np.array_equal(again[row], samples[row]) for row in samples)
+
+
+def test_search_trains_what_it_is_told(tmp_path):
+    """A setting's rate, length and options are those of its run, whose seed no result has."""
+    arguments = search.command("scd", tmp_path, 1e-4, 0.99, 256 * 40)
+    cli = SCLightningCLI([*arguments, "--model.c=5.0", "--model.teacher_checkpoint=t.ckpt"], run=False)
+    init = cli.config.model.init_args
+    assert init.optimizer.init_args.lr == init.lr_scheduler.init_args.max_lr == 1e-4
+    assert init.optimizer.init_args.betas == (0.9, 0.99)
+    assert cli.trainer.max_steps == init.lr_scheduler.init_args.total_steps == 40
+    assert (cli.model.c, cli.model.P_mean, cli.model.teacher_checkpoint) == (5.0, -1.0, "t.ckpt")
+    assert cli.model.seed == cli.datamodule.hparams.seed == recipe.SEARCH_SEED
+    assert cli.datamodule.hparams.batch_size == 256 and cli.datamodule.image_shape == (1, 8, 8)
+    assert sum(p.numel() for p in cli.model.backbone.parameters()) == pytest.approx(0.2e6, rel=0.1)
+    callbacks = {type(callback).__name__: callback for callback in cli.trainer.callbacks}
+    assert callbacks["EMA"].exponent == EMA(sigma_rel=0.05).exponent and callbacks["TangentWarmup"].steps == 10
