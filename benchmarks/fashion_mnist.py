@@ -272,14 +272,12 @@ def floor() -> dict[str, Any]:
     data, extractor = FashionMNISTDataModule(), ClassifierFeatures(str(CLASSIFIER))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images, labels = (torch.from_numpy(a) for a in (data.split("held_out").images, data.split("held_out").labels))
-    measure, chunks = Measure(extractor, "train"), images.split(1000)
-    measure.prepare(data, device, len(images))
-    for i, chunk in enumerate(chunks):
-        measure.update(chunk.to(device), i, len(chunks))
+    found = distance(Measure(extractor, "train"), images, data, device)
     with torch.no_grad():
-        right = torch.cat([extractor.logits(chunk.to(device)).argmax(1).cpu() for chunk in chunks]) == labels
+        guess = torch.cat([extractor.logits(chunk.to(device)).argmax(1).cpu() for chunk in images.split(1000)])
+    right = guess == labels
     return {
-        "floor": measure.compute()[measure.key],
+        "floor": found,
         "classifier": {
             "weights": CLASSIFIER.name,
             "sha256": weights_digest(extractor),
@@ -290,6 +288,15 @@ def floor() -> dict[str, Any]:
             "commit": commit(),
         },
     }
+
+
+def distance(measure: Measure, images: torch.Tensor, data: FashionMNISTDataModule, device: torch.device) -> float:
+    """Distance of uint8 images (N, 1, H, W) to those that ``measure`` compares with."""
+    chunks = images.split(1000)
+    measure.prepare(data, device, len(images))
+    for i, chunk in enumerate(chunks):
+        measure.update(chunk.to(device), i, len(chunks))
+    return measure.compute()[measure.key]
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

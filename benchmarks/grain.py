@@ -9,24 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fashion_mnist import CLASSIFIER, KINDS, ROWS
+from fashion_mnist import CLASSIFIER, KINDS, ROWS, distance
 from provenance import commit
 
 from sclightning.data import FashionMNISTDataModule
 from sclightning.distances import Measure
 from sclightning.metrics import ClassifierFeatures
-
-
-def distances(samples: dict[str, np.ndarray], data: FashionMNISTDataModule) -> dict[str, float]:
-    """Fréchet distances of uint8 images (N, H, W) to the training images, by name."""
-    measure, found = Measure(ClassifierFeatures(str(CLASSIFIER)), "train"), {}
-    for name, images in samples.items():
-        chunks = torch.from_numpy(images)[:, None].split(1000)
-        measure.prepare(data, torch.device("cpu"), len(images))
-        for i, chunk in enumerate(chunks):
-            measure.update(chunk, i, len(chunks))
-        found[name] = measure.compute()[measure.key]
-    return found
 
 
 def main() -> None:
@@ -37,11 +25,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fashion_mnist_grain.json"))
     args = parser.parse_args()
     samples, data = {}, FashionMNISTDataModule()
+    measure = Measure(ClassifierFeatures(str(CLASSIFIER)), "train")
     for path in (args.folder / kind / "samples.npz" for kind in KINDS):
         samples |= {row: array for row, array in np.load(path).items() if row in ROWS}
-    black = {row: np.where(images < args.below, 0, images).astype(np.uint8) for row, images in samples.items()}
-    found, without = distances(samples, data), distances(black, data)
-    rows = {row: {"fd": found[row], "fd_black": without[row], "dark": _dark(samples[row])} for row in ROWS}
+    rows = {}
+    for row in ROWS:
+        images = torch.from_numpy(samples[row])[:, None]
+        black = images.masked_fill(images < args.below, 0)
+        found, without = (distance(measure, x, data, torch.device("cpu")) for x in (images, black))
+        rows[row] = {"fd": found, "fd_black": without, "dark": _dark(samples[row])}
     made = {"below": args.below, "versions": {"torch": torch.__version__}, "commit": commit(), "rows": rows}
     args.out.write_text(json.dumps(made, indent=2) + "\n")
     for row, values in rows.items():

@@ -24,7 +24,7 @@ import common
 RUNS, OUT = Path("runs/search"), Path("benchmarks/results/search.json")
 TIMES = (1.3, 1.1, 0.9, 0.7, 0.5, 0.35)
 BATCH = {"teacher": 128, "scd": 256}
-COMMON = {
+VALUES = {
     "seed_everything": SEARCH_SEED,
     "model.seed": SEARCH_SEED,
     "data.seed": SEARCH_SEED,
@@ -44,7 +44,7 @@ def command(kind: str, folder: Path, lr: float, beta2: float, images: int) -> li
     checkpoints = {"dirpath": str(folder), "save_last": True, "save_top_k": 0, "every_n_train_steps": steps}
     callbacks = {"EMA": {"sigma_rel": 0.05}, "ModelCheckpoint": checkpoints}
     callbacks |= {} if kind == "teacher" else {"TangentWarmup": {"steps": min(300, steps // 4)}}
-    values = COMMON | ({"model.label_dropout": 0} if kind == "teacher" else STUDENT)
+    values = VALUES | ({"model.label_dropout": 0} if kind == "teacher" else STUDENT)
     values |= {
         "model.optimizer.lr": lr,
         "model.optimizer.betas": [0.9, beta2],
@@ -66,16 +66,16 @@ def fit(folder: Path, arguments: list[str]) -> None:
         sclightning(["fit", *arguments])
 
 
-def distances(folder: Path, arguments: list[str], steps: int) -> list[float]:
-    """Fréchet distances of 1 … ``steps`` steps of a trained student to the training images."""
+def distance(folder: Path, arguments: list[str], steps: int) -> float:
+    """Fréchet distance of ``steps`` steps of a trained student to the training images."""
     weights = common.classifier_weights(common.SmallFashionMNIST.name)
     evaluation = {"extractor.class_path": "sclightning.metrics.ClassifierFeatures", "reference": "train"}
-    evaluation |= {"extractor.weights": str(weights), "steps": json.dumps([*range(1, steps + 1)])}
+    evaluation |= {"extractor.weights": weights, "steps": [steps]}
     chosen = [f"--evaluation.{name}={value}" for name, value in evaluation.items()]
     checkpoint = str(folder / "last.ckpt")
     sclightning(["test", *arguments, "--evaluation=FIDEvaluation", *chosen, "--ckpt_path", checkpoint])
     made = max(folder.glob("last_*.json"), key=lambda path: path.stat().st_mtime)
-    return [run["fd_classifier"] for run in json.loads(made.read_text())["runs"]]
+    return json.loads(made.read_text())["runs"][0]["fd_classifier"]
 
 
 def main() -> None:
@@ -94,8 +94,8 @@ def main() -> None:
     arguments = command("scd", folder, args.lr, args.beta2, args.images)
     arguments += [f"--model.teacher_checkpoint={teacher / 'last.ckpt'}", *args.options]
     fit(folder, arguments)
-    two = {time: distances(folder, [*arguments, f"--model.times=[1.5645,{time}]"], 2) for time in TIMES}
-    found = {"fd_1step": two[TIMES[0]][0], "fd_2step": {time: fd[1] for time, fd in two.items()}}
+    two = {time: distance(folder, [*arguments, f"--model.times=[1.5645,{time}]"], 2) for time in TIMES}
+    found = {"fd_1step": distance(folder, arguments, 1), "fd_2step": two}
     settings = {"lr": args.lr, "beta2": args.beta2, "images": args.images, "options": args.options}
     known = json.loads(OUT.read_text()) if OUT.exists() else {}
     known[args.name] = settings | found | {"torch": torch.__version__, "commit": commit()}

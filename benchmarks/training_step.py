@@ -72,7 +72,7 @@ class Step:
         kind: ``diffusion``, ``sct`` or ``scd``.
         make: Maker of the network.
         batch: Images.
-        args: Of the command line: device, dtype, channels_last, backend, mode.
+        args: Of the command line: device, dtype, channels_last, and what :func:`compile_options` reads.
         compiled: Whether to compile.
         peers: Whether to do it the peers' way.
     """
