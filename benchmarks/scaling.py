@@ -3,7 +3,7 @@
 Memory, communication and time of a step under DDP (compiled) and FSDP2 (eager), and the GPU-hours of the run. The model
 and the source of each default stand in docs/scaling.md.
 
-Usage: python benchmarks/scaling.py [--network edm2_xxl] [--memory 141] [--intra 329] [--inter 50] …
+Usage: python benchmarks/scaling.py [--network edm2_xxl] [--memory 80] [--intra 329] [--inter 50] …
 """
 
 import argparse
@@ -24,17 +24,17 @@ CHANNELS = {"edm2_s": 192, "edm2_m": 256, "edm2_l": 320, "edm2_xl": 384, "edm2_x
 
 @dataclass
 class Cluster:
-    """Numbers of a machine; defaults are H100s, eight a node."""
+    """Numbers of a machine; defaults are H200s, eight a node."""
 
-    tflops: float = 398.0
+    tflops: float = 452.0
     """TFLOP/s of the compiled step at a full batch, measured."""
     eager: float = 3.84
-    """Time of the eager step over the compiled one's, measured."""
+    """Time of the eager step over the compiled one's, measured on an H100."""
     half_batch: float = 1.0
     """Images a device at which the step runs at half of its speed; assumed."""
-    hbm: float = 3.03
+    hbm: float = 4.28
     """Memory bandwidth of a device in TB/s, measured."""
-    memory: float = 80.0
+    memory: float = 141.0
     """Memory of a device in GB."""
     node: int = 8
     """Devices a node."""
