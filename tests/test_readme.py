@@ -50,12 +50,23 @@ def test_attention_table_is_the_recorded_run():
             assert f"| {' | '.join(row)} | {result['ours_ms'] / result['floor_ms']:.2f} |" in cuda_page
 
 
-def test_training_step_is_the_recorded_run():
-    """What a step of EDM2-S costs is what benchmarks/results/training_step.json says."""
-    found = json.loads((ROOT / "benchmarks/results/training_step.json").read_text())["networks"]["edm2_s"]
-    peers = found["peers_scd_ms"] / found["diffusion_ms"]
-    text = f"{found['scd_over_diffusion']:.2f} (sCD) and {found['sct_over_diffusion']:.2f} (sCT) diffusion steps"
-    assert text in README and f"sCD the peers' way {peers:.2f} " in README
+def test_costs_are_the_recorded_runs():
+    """What the paper's networks and their steps cost is what networks.json and training_step.json say."""
+    results = ROOT / "benchmarks/results"
+    networks, steps = (
+        json.loads((results / f"{name}.json").read_text())["networks"] for name in ("networks", "training_step")
+    )
+    for name, found in networks.items():
+        state, step = found["state_gb"]["scd"], steps.get(name, {}).get("compiled")
+        row = [f"{found['parameters'] / 1e6:.0f} M", f"{found['forward_gflop']:.0f}", f"{found['activations_mb']:.0f}"]
+        row += [f"{state[devices]:.1f}" for devices in ("1", "8")]
+        for key, digits in (("ms", 0), ("peak_gb", 1)):
+            row += [", ".join(f"{step[k][key]:.{digits}f}" for k in ("diffusion", "sct", "scd")) if step else "-"]
+        assert f" | {' | '.join(row)} |" in README, name
+    small = steps["edm2_s"]
+    text = f"{small['scd_over_diffusion']:.2f} (sCD) and {small['sct_over_diffusion']:.2f} (sCT) diffusion steps"
+    peers = f"sCD the peers' way {small['peers_scd_ms'] / small['diffusion_ms']:.2f} "
+    assert text in " ".join(README.split()) and peers in README
 
 
 def test_fashion_mnist_tables_are_the_recorded_run():
