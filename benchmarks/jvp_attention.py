@@ -202,9 +202,9 @@ def cosine(machine: dict) -> list[dict]:
 
 def layer_norm(x: Tensor) -> Tensor:
     """Without weights, in float32; PyTorch's own yields a float32 tangent for a bfloat16 primal."""
-    y = x.float()
-    y = y - y.mean(-1, keepdim=True)
-    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    y = x - x.mean(-1, keepdim=True, dtype=torch.float32)
+    length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    return (y * torch.rsqrt(length.square() / x.shape[-1] + 1e-6)).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -219,10 +219,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens (B, N, width) conditioned on c (B, width)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(c))[:, None].chunk(6, -1)
-        y = layer_norm(x) * (1 + scale1) + shift1
+        y = torch.addcmul(shift1, layer_norm(x), 1 + scale1)
         q, k, v = self.qkv(y).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + gate1 * self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
-        return x + gate2 * self.mlp(layer_norm(x) * (1 + scale2) + shift2)
+        x = torch.addcmul(x, gate1, self.out(self.attend(q, k, v).transpose(1, 2).flatten(2)))
+        return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, layer_norm(x), 1 + scale2)))
 
 
 @torch.no_grad()

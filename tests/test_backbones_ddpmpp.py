@@ -78,6 +78,25 @@ def test_augmentation_condition():
         DDPMpp(**SMALL | {"augment_dim": 0})(x, t, augment=torch.zeros(2, 9))
 
 
+def test_input_skip_adds_the_noisy_image():
+    """Nothing at initialisation, then gain(t) x, whose derivative is part of the tangent."""
+    torch.manual_seed(0)
+    stock = DDPMpp(**SMALL).eval().double()
+    torch.manual_seed(0)
+    network = DDPMpp(**SMALL, input_skip=True).eval().double()
+    (x, dx), (t, dt) = torch.randn(2, 2, 3, 16, 16).double(), torch.tensor([[0.1, 1.4], [0.5, -0.3]]).double()
+    torch.testing.assert_close(network(x, t), stock(x, t), rtol=0, atol=0)
+    torch.nn.init.normal_(network.input_gain.weight, std=0.1)
+    torch.nn.init.constant_(network.input_gain.bias, 0.7)
+    gain = (network(x, t) - stock(x, t)) / x
+    torch.testing.assert_close(gain, gain[:, :1, :1, :1].expand_as(gain))
+    assert (gain[0] - gain[1]).abs().min() > 1e-3  # it depends on the time
+    _, J = torch.func.jvp(network, (x, t), (dx, dt))
+    h = 1e-5
+    central = (network(x + h * dx, t + h * dt) - network(x - h * dx, t - h * dt)) / (2 * h)
+    torch.testing.assert_close(J, central, rtol=1e-6, atol=1e-8)
+
+
 def published(network, prefix="model."):
     """A state dict in the layout of EDM's published DDPM++ networks."""
     names = {"encoder": "enc", "decoder": "dec", "label_embedding": "map_label", "augment_embedding": "map_augment"}
