@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import lightning as L
+import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace, auto_cli
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -71,8 +72,18 @@ class SCLightningCLI(LightningCLI):
         parser.add_subclass_arguments(FIDEvaluation, "evaluation")
 
     def instantiate_classes(self) -> None:
-        """Everything but the evaluation: its extractors read their weights as they are made, for ``test`` alone."""
+        """Everything but the evaluation: its extractors read their weights as they are made, for ``test`` alone.
+
+        Raises:
+            ValueError: If several devices are asked for where there is no GPU, which Lightning takes to be processes.
+        """
         config = self.config[self.subcommand] if self.subcommand else self.config
+        devices, accelerator = config["trainer"]["devices"], config["trainer"]["accelerator"]
+        if isinstance(devices, int) and devices > 1 and accelerator == "auto" and not torch.accelerator.is_available():
+            raise ValueError(
+                f"trainer.devices is {devices} and there is no GPU here; give --trainer.devices=1, or "
+                f"--trainer.accelerator=cpu for {devices} processes on the CPU."
+            )
         self._evaluation = config.pop("evaluation", None)
         super().instantiate_classes()
         config["evaluation"] = self._evaluation

@@ -392,6 +392,13 @@ def test_run_without_end(teacher, capsys):
     assert "max_steps" in refuse(capsys, "fit", "--config", teacher.config, "--trainer.max_steps=-1")
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a machine that may have them")
+def test_devices_that_are_not_there(capsys):
+    """The paper's configs ask for eight GPUs; without one they would be eight processes on the CPU."""
+    line = refuse(capsys, "fit", "--config", "configs/scd_m.yaml")
+    assert "trainer.devices is 8" in line and "--trainer.accelerator=cpu" in line
+
+
 def test_reference_of_another_name(student, capsys):
     """A typing error in the split's name must not choose the other half."""
     config = student.folder / "reference.yaml"
