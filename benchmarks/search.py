@@ -38,7 +38,7 @@ VALUES = {
 STUDENT = {"model.P_mean": -1.0, "model.P_std": 1.6, "model.normalization": "rms"}
 
 
-def command(kind: str, folder: Path, lr: float, beta2: float, images: int) -> list[str]:
+def command(kind: str, folder: Path, lr: float, beta2: float, images: int, input_skip: bool) -> list[str]:
     """What follows ``sclightning fit``: the config of the figures' small scale with these values in their place."""
     steps = images // BATCH[kind]
     checkpoints = {"dirpath": str(folder), "save_last": True, "save_top_k": 0, "every_n_train_steps": steps}
@@ -46,6 +46,7 @@ def command(kind: str, folder: Path, lr: float, beta2: float, images: int) -> li
     callbacks |= {} if kind == "teacher" else {"TangentWarmup": {"steps": min(300, steps // 4)}}
     values = VALUES | ({"model.label_dropout": 0} if kind == "teacher" else STUDENT)
     values |= {
+        "model.backbone.input_skip": input_skip,
         "model.optimizer.lr": lr,
         "model.optimizer.betas": [0.9, beta2],
         "model.lr_scheduler.max_lr": lr,
@@ -86,17 +87,18 @@ def main() -> None:
     parser.add_argument("--teacher-images", type=int, default=768_000)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--beta2", type=float, default=0.999)
+    parser.add_argument("--input-skip", action="store_true", help="networks with input_skip, a teacher of their own")
     parser.add_argument("options", nargs="*", help="after --, of sclightning fit")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    teacher, folder = RUNS / "teacher", RUNS / args.name
-    fit(teacher, command("teacher", teacher, 2e-3, 0.99, args.teacher_images))
-    arguments = command("scd", folder, args.lr, args.beta2, args.images)
+    teacher, folder = RUNS / ("teacher" + "_input_skip" * args.input_skip), RUNS / args.name
+    fit(teacher, command("teacher", teacher, 2e-3, 0.99, args.teacher_images, args.input_skip))
+    arguments = command("scd", folder, args.lr, args.beta2, args.images, args.input_skip)
     arguments += [f"--model.teacher_checkpoint={teacher / 'last.ckpt'}", *args.options]
     fit(folder, arguments)
     two = {time: distance(folder, [*arguments, f"--model.times=[1.5645,{time}]"], 2) for time in TIMES}
     found = {"fd_1step": distance(folder, arguments, 1), "fd_2step": two}
-    settings = {"lr": args.lr, "beta2": args.beta2, "images": args.images, "options": args.options}
+    settings = {name: getattr(args, name) for name in ("lr", "beta2", "images", "input_skip", "options")}
     known = json.loads(OUT.read_text()) if OUT.exists() else {}
     known[args.name] = settings | found | {"torch": torch.__version__, "commit": commit()}
     OUT.write_text(json.dumps(known, indent=2) + "\n")
