@@ -2,7 +2,7 @@
 
 Bus bandwidth is what NCCL's tests call so: 2 (n - 1) / n times the bytes over the time, which does not depend on n.
 
-Usage: python benchmarks/allreduce.py [--out benchmarks/results/allreduce.json] [--megabytes 1074]
+Usage: python benchmarks/allreduce.py [--out benchmarks/results/allreduce.json] [--megabytes 1074] [--repeats 12]
 """
 
 import argparse
@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=12)
     args = parser.parse_args()
     devices = torch.cuda.device_count() or 2
+    if devices < 2 or args.repeats < 3:
+        parser.error("an all-reduce needs two GPUs, and --repeats at least 3: the first two are not counted")
     store = args.out.with_suffix(".store").resolve()
     store.unlink(missing_ok=True)
     torch.multiprocessing.spawn(measure, (devices, str(store), args), nprocs=devices)

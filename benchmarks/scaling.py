@@ -24,7 +24,7 @@ CHANNELS = {"edm2_s": 192, "edm2_m": 256, "edm2_l": 320, "edm2_xl": 384, "edm2_x
 
 @dataclass
 class Cluster:
-    """Numbers of a machine; defaults are H200s, eight a node."""
+    """Numbers of a machine; defaults are H200s, eight a node, where not said otherwise."""
 
     tflops: float = 452.0
     """TFLOP/s of the compiled step at a full batch, measured."""

@@ -79,10 +79,11 @@ class SCLightningCLI(LightningCLI):
         """
         config = self.config[self.subcommand] if self.subcommand else self.config
         devices, accelerator = config["trainer"]["devices"], config["trainer"]["accelerator"]
-        if isinstance(devices, int) and devices > 1 and accelerator == "auto" and not torch.accelerator.is_available():
+        several = str(devices) not in ("auto", "-1", "0", "1")  # the command line gives strings
+        if several and accelerator == "auto" and not torch.accelerator.is_available():
             raise ValueError(
                 f"trainer.devices is {devices} and there is no GPU here; give --trainer.devices=1, or "
-                f"--trainer.accelerator=cpu for {devices} processes on the CPU."
+                "--trainer.accelerator=cpu and the number of processes on the CPU."
             )
         self._evaluation = config.pop("evaluation", None)
         super().instantiate_classes()

@@ -176,6 +176,14 @@ def _norm(x, block, name):
     return nnF.group_norm(x, 8, block[f"{name}.weight"], block[f"{name}.bias"], eps=1e-6)
 
 
+def test_load_edm_leaves_the_input_skip_at_zero():
+    network, stock = (DDPMpp(**SMALL, double_norm=False, input_skip=skip).eval() for skip in (True, False))
+    state = published(stock)
+    assert stock.load_edm(state) == [] and network.load_edm(state) == ["input_gain.weight", "input_gain.bias"]
+    x, t = torch.randn(2, 3, 16, 16), torch.rand(2)
+    torch.testing.assert_close(network(x, t), stock(x, t), rtol=0, atol=0)
+
+
 def test_load_edm_into_the_papers_variant_keeps_the_modulation():
     network = DDPMpp(**SMALL, guidance=True)
     kept = network.load_edm(published(DDPMpp(**SMALL, double_norm=False)))

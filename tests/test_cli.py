@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -395,8 +396,10 @@ def test_run_without_end(teacher, capsys):
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="a machine that may have them")
 def test_devices_that_are_not_there(capsys):
     """The paper's configs ask for eight GPUs; without one they would be eight processes on the CPU."""
-    line = refuse(capsys, "fit", "--config", "configs/scd_m.yaml")
+    config = Path(__file__).parent.parent / "configs/scd_m.yaml"
+    line = refuse(capsys, "fit", "--config", config)
     assert "trainer.devices is 8" in line and "--trainer.accelerator=cpu" in line
+    assert "trainer.devices is 4" in refuse(capsys, "fit", "--config", config, "--trainer.devices=4")
 
 
 def test_reference_of_another_name(student, capsys):

@@ -62,7 +62,20 @@ def test_costs_are_the_recorded_runs():
         row += [f"{state[devices]:.1f}" for devices in ("1", "8")]
         for key, digits in (("ms", 0), ("peak_gb", 1)):
             row += [", ".join(f"{step[k][key]:.{digits}f}" for k in ("diffusion", "sct", "scd")) if step else "-"]
-        assert f" | {' | '.join(row)} |" in README, name
+        label = "DDPM++, CIFAR-10" if name == "ddpmpp" else name.upper().replace("EDM2_", "EDM2-")
+        assert f"| {label} | {' | '.join(row)} |" in README, name
+        if step:
+            ms, gb, share = (
+                [values[k] for k in ("diffusion", "sct", "scd")]
+                for values in (
+                    {k: step[k]["ms"] for k in step},
+                    {k: step[k]["peak_gb"] for k in step},
+                    steps[name]["ceiling_fraction"],
+                )
+            )
+            more = f"{ms[0]:.1f} ms | " + " | ".join(f"{x:.1f} ms = {x / ms[0]:.2f} ×" for x in ms[1:])
+            more += f" | {', '.join(f'{x:.1f}' for x in gb)} GB | {', '.join(f'{100 * x:.0f}' for x in share)} % |"
+            assert f"| {label}, {steps[name]['batch']} | {more}" in (ROOT / "docs/scaling.md").read_text(), name
     small = steps["edm2_s"]
     text = f"{small['scd_over_diffusion']:.2f} (sCD) and {small['sct_over_diffusion']:.2f} (sCT) diffusion steps"
     peers = f"sCD the peers' way {small['peers_scd_ms'] / small['diffusion_ms']:.2f} "

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
+import allreduce  # noqa: E402
 from scaling import NETWORKS, Cluster, Run, largest_block, step, table  # noqa: E402
 
 XXL = json.loads(NETWORKS.read_text())["networks"]["edm2_xxl"]
@@ -68,6 +70,19 @@ def test_defaults_are_the_recorded_runs():
     found = eager["networks"]["edm2_s"]
     assert Cluster().eager == round(found["eager"]["scd"]["ms"] / found["scd_ms"], 2)
     assert Cluster().hbm == round(attention["limits"]["copy_tb_s"], 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="gloo")
+def test_allreduce_is_measured(tmp_path, monkeypatch):
+    """Two processes on the CPU: bytes over time, by NCCL's rule; too few repeats are refused."""
+    out = tmp_path / "found.json"
+    monkeypatch.setattr("sys.argv", ["allreduce.py", "--out", str(out), "--megabytes", "1", "--repeats", "4"])
+    allreduce.main()
+    found = json.loads(out.read_text())
+    assert (found["devices"], found["backend"], found["megabytes"]) == (2, "gloo", 1) and found["bus_gb_s"] > 0
+    monkeypatch.setattr("sys.argv", ["allreduce.py", "--repeats", "2"])
+    with pytest.raises(SystemExit):
+        allreduce.main()
 
 
 def test_the_docs_have_the_table_that_the_script_prints():

@@ -44,9 +44,10 @@ class DDPMpp(nn.Module):
             embedding, see :mod:`sclightning.segments`.
         double_norm: Adaptive double normalisation ``norm(x) * pnorm(s) + pnorm(b)`` (Sec. 4.1) in place of the stock
             additive modulation ``norm(x + b)``.
-        input_skip: Whether the noisy image times a learned function of the embedding is added to the output. Where the
-            data is certain, as in a black background, F is the noise less the data: with this the network does not have
-            to carry the noise through its norms and nonlinearities. Not in the paper's network.
+        input_skip: Whether the noisy image times a learned function of the embedding is added to the output, under
+            autocast in float32. Where the data is certain, as in a black background, F is a multiple of the noisy image
+            less a constant, which the network otherwise carries through its norms and nonlinearities. Not in the
+            paper's network.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """The tile configurations, one table per architecture: nothing is searched at run time.
 
-Hopper's were chosen on an H200 and timed on an H100 (benchmarks/results/jvp_attention.json); the others compile without
+Hopper's were chosen and timed on an H200 (benchmarks/results/jvp_attention.json); the others compile without
 spills (tests/test_ops_triton.py) and were not timed.
 """
 
