@@ -67,11 +67,11 @@ def fit(folder: Path, arguments: list[str]) -> None:
         sclightning(["fit", *arguments])
 
 
-def distance(folder: Path, arguments: list[str], steps: int) -> float:
-    """Fréchet distance of ``steps`` steps of a trained student to the training images."""
+def distance(folder: Path, arguments: list[str], steps: int | None = None) -> float:
+    """Fréchet distance of a trained teacher, or of ``steps`` steps of a student, to the training images."""
     weights = common.classifier_weights(common.SmallFashionMNIST.name)
     evaluation = {"extractor.class_path": "sclightning.metrics.ClassifierFeatures", "reference": "train"}
-    evaluation |= {"extractor.weights": weights, "steps": [steps]}
+    evaluation |= {"extractor.weights": weights} | ({} if steps is None else {"steps": [steps]})
     chosen = [f"--evaluation.{name}={value}" for name, value in evaluation.items()]
     checkpoint = str(folder / "last.ckpt")
     sclightning(["test", *arguments, "--evaluation=FIDEvaluation", *chosen, "--ckpt_path", checkpoint])
@@ -92,12 +92,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     teacher, folder = RUNS / ("teacher" + "_input_skip" * args.input_skip), RUNS / args.name
-    fit(teacher, command("teacher", teacher, 2e-3, 0.99, args.teacher_images, args.input_skip))
+    trained = command("teacher", teacher, 2e-3, 0.99, args.teacher_images, args.input_skip)
+    fit(teacher, trained)
     arguments = command("scd", folder, args.lr, args.beta2, args.images, args.input_skip)
     arguments += [f"--model.teacher_checkpoint={teacher / 'last.ckpt'}", *args.options]
     fit(folder, arguments)
     two = {time: distance(folder, [*arguments, f"--model.times=[1.5645,{time}]"], 2) for time in TIMES}
-    found = {"fd_1step": distance(folder, arguments, 1), "fd_2step": two}
+    found = {"fd_teacher": distance(teacher, trained), "fd_1step": distance(folder, arguments, 1), "fd_2step": two}
     settings = {name: getattr(args, name) for name in ("lr", "beta2", "images", "input_skip", "options")}
     known = json.loads(OUT.read_text()) if OUT.exists() else {}
     known[args.name] = settings | found | {"torch": torch.__version__, "commit": commit()}
