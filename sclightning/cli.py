@@ -71,20 +71,23 @@ class SCLightningCLI(LightningCLI):
         parser.add_lightning_class_args(SampleWriter, "samples")
         parser.add_subclass_arguments(FIDEvaluation, "evaluation")
 
-    def instantiate_classes(self) -> None:
-        """Everything but the evaluation: its extractors read their weights as they are made, for ``test`` alone.
+    def before_instantiate_classes(self) -> None:
+        """Look whether the devices are there.
 
         Raises:
-            ValueError: If several devices are asked for where there is no GPU, which Lightning takes to be processes.
+            ValueError: If several are asked for where there is no GPU, which Lightning takes to be processes.
         """
-        config = self.config[self.subcommand] if self.subcommand else self.config
-        devices, accelerator = config["trainer"]["devices"], config["trainer"]["accelerator"]
-        several = str(devices) not in ("auto", "-1", "0", "1")  # the command line gives strings
-        if several and accelerator == "auto" and not torch.accelerator.is_available():
+        trainer = self._get(self.config, "trainer")
+        several = str(trainer.devices) not in ("auto", "-1", "0", "1")  # the command line gives strings
+        if several and trainer.accelerator == "auto" and not torch.accelerator.is_available():
             raise ValueError(
-                f"trainer.devices is {devices} and there is no GPU here; give --trainer.devices=1, or "
+                f"trainer.devices is {trainer.devices} and there is no GPU here; give --trainer.devices=1, or "
                 "--trainer.accelerator=cpu and the number of processes on the CPU."
             )
+
+    def instantiate_classes(self) -> None:
+        """Everything but the evaluation: its extractors read their weights as they are made, for ``test`` alone."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
         self._evaluation = config.pop("evaluation", None)
         super().instantiate_classes()
         config["evaluation"] = self._evaluation

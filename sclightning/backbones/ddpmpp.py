@@ -129,10 +129,7 @@ class DDPMpp(nn.Module):
                 width = mult * channels
         self.out_norm = GroupNorm(width)
         self.out_conv = _xavier(Conv2d(width, in_channels, 3, padding=1), gain=1e-5)
-        self.input_gain = Linear(4 * channels, 1) if input_skip else None
-        if input_skip:
-            nn.init.zeros_(self.input_gain.weight)
-            nn.init.zeros_(self.input_gain.bias)
+        self.input_gain = _xavier(Linear(4 * channels, 1), gain=0.0) if input_skip else None
 
     def forward(
         self,
