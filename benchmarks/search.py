@@ -36,9 +36,10 @@ VALUES = {
     "trainer.log_every_n_steps": 50,
 }
 STUDENT = {"model.P_mean": -1.0, "model.P_std": 1.6, "model.normalization": "rms"}
+SIGMA_DATA = {-1.0: 0.570, -1.125: 0.614}  # of the images with black at these values, measured
 
 
-def command(kind: str, folder: Path, lr: float, beta2: float, images: int, input_skip: bool) -> list[str]:
+def command(kind: str, folder: Path, lr: float, beta2: float, images: int, input_skip: bool, black: float) -> list[str]:
     """What follows ``sclightning fit``: the config of the figures' small scale with these values in their place."""
     steps = images // BATCH[kind]
     checkpoints = {"dirpath": str(folder), "save_last": True, "save_top_k": 0, "every_n_train_steps": steps}
@@ -47,6 +48,8 @@ def command(kind: str, folder: Path, lr: float, beta2: float, images: int, input
     values = VALUES | ({"model.label_dropout": 0} if kind == "teacher" else STUDENT)
     values |= {
         "model.backbone.input_skip": input_skip,
+        "model.sigma_data": SIGMA_DATA[black],
+        "data.black": black,
         "model.optimizer.lr": lr,
         "model.optimizer.betas": [0.9, beta2],
         "model.lr_scheduler.max_lr": lr,
@@ -93,20 +96,23 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--beta2", type=float, default=0.999)
     parser.add_argument("--input-skip", action="store_true", help="networks with input_skip, a teacher of their own")
+    parser.add_argument("--black", type=float, default=-1.0, choices=SIGMA_DATA, help="in the training data")
     parser.add_argument("options", nargs="*", help="after --, of sclightning fit")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    teacher, folder = RUNS / ("teacher" + "_input_skip" * args.input_skip), RUNS / args.name
-    trained = command("teacher", teacher, 2e-3, 0.99, args.teacher_images, args.input_skip)
+    both = {"input_skip": args.input_skip, "black": args.black}
+    teacher = RUNS / ("teacher" + "_input_skip" * args.input_skip + (f"_black{args.black}" if args.black != -1 else ""))
+    folder = RUNS / args.name
+    trained = command("teacher", teacher, 2e-3, 0.99, args.teacher_images, **both)
     fit(teacher, trained)
-    arguments = command("scd", folder, args.lr, args.beta2, args.images, args.input_skip)
+    arguments = command("scd", folder, args.lr, args.beta2, args.images, **both)
     arguments += [f"--model.teacher_checkpoint={teacher / 'last.ckpt'}", *args.options]
     fit(folder, arguments)
     two = {time: distance(folder, [*arguments, f"--model.times=[1.5645,{time}]"], 2) for time in TIMES}
     if not any(teacher.glob("last_*.json")):  # one for all settings
         distance(teacher, trained)
     found = {"fd_teacher": measured(teacher), "fd_1step": distance(folder, arguments, 1), "fd_2step": two}
-    settings = {name: getattr(args, name) for name in ("lr", "beta2", "images", "input_skip", "options")}
+    settings = {name: getattr(args, name) for name in ("lr", "beta2", "images", "input_skip", "black", "options")}
     known = json.loads(OUT.read_text()) if OUT.exists() else {}
     known[args.name] = settings | found | {"torch": torch.__version__, "commit": commit()}
     OUT.write_text(json.dumps(known, indent=2) + "\n")

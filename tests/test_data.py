@@ -319,6 +319,22 @@ def test_fashion_mnist_that_is_nowhere_is_refused(tmp_path, no_debian_package, m
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
+def test_black_below_the_greys(tmp_path, no_debian_package):
+    """Only level 0 moves, all levels survive, the batches and sigma_data are of the moved data."""
+    images = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
+    write_idx(tmp_path / "train-images-idx3-ubyte", images, False)
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(3, np.uint8), False)
+    data = FashionMNISTDataModule(root=str(tmp_path), download=False, black=-1.0625)
+    levels = torch.arange(256, dtype=torch.uint8)
+    x = data.from_uint8(levels)
+    assert x[0] == -1.0625 and torch.equal(x[1:], from_uint8(levels)[1:]) and torch.equal(data.to_uint8(x), levels)
+    assert data.to_uint8(x[:1] + 8 / 127.5).item() == 0 and data.to_uint8(x[:1] + 9 / 127.5).item() == 1
+    padded = torch.from_numpy(data.split("train").images)
+    batch, label = data.on_after_batch_transfer((padded, torch.zeros(3)), 0)
+    assert batch.shape == (3, 1, 32, 32) and (batch[:, :, :2] == -1.0625).all() and torch.equal(label, torch.zeros(3))
+    assert data.sigma_data == pytest.approx(batch.double().std(correction=0).item(), rel=1e-6)
+
+
 @pytest.mark.skipif(not pathlib.Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="Debian's package is absent")
 def test_fashion_mnist_from_debians_package(tmp_path):
     """The real files: counts, classes in equal numbers, the known mean of 0.2860."""

@@ -62,8 +62,8 @@ def test_config(kind):
     if kind == "teacher":
         assert model.nfe == 35
     else:
-        assert (model.P_mean, model.P_std, model.normalization) == (-1.0, 1.6, "rms")
-        assert model.times == pytest.approx([math.atan(160), 0.8], abs=1e-4)
+        assert (model.P_mean, model.P_std, model.normalization, model.c) == (-1.0, 1.6, "rms", 5.0)
+        assert model.times == pytest.approx([math.atan(160), 1.1], abs=1e-4)
         assert callbacks[TangentWarmup.__name__].steps == 300
         assert model.teacher_checkpoint == "runs/fashion_mnist/teacher/last.ckpt"
 
@@ -317,14 +317,15 @@ def test_recipe_in_miniature(tmp_path, images, monkeypatch, capsys):
 
 def test_search_trains_what_it_is_told(tmp_path):
     """A setting's rate, length and options are those of its run, whose seed no result has."""
-    arguments = search.command("scd", tmp_path, 1e-4, 0.99, 256 * 40, input_skip=True)
+    arguments = search.command("scd", tmp_path, 1e-4, 0.99, 256 * 40, input_skip=True, black=-1.125)
     cli = SCLightningCLI([*arguments, "--model.c=5.0", "--model.teacher_checkpoint=t.ckpt"], run=False)
     init = cli.config.model.init_args
     assert init.optimizer.init_args.lr == init.lr_scheduler.init_args.max_lr == 1e-4
     assert init.optimizer.init_args.betas == (0.9, 0.99)
     assert cli.trainer.max_steps == init.lr_scheduler.init_args.total_steps == 40
     assert (cli.model.c, cli.model.P_mean, cli.model.teacher_checkpoint) == (5.0, -1.0, "t.ckpt")
-    assert cli.model.backbone.input_gain is not None
+    assert cli.model.backbone.input_gain is not None and cli.datamodule.black == -1.125
+    assert cli.model.sigma_data == 0.614
     assert cli.model.seed == cli.datamodule.hparams.seed == recipe.SEARCH_SEED
     assert cli.datamodule.hparams.batch_size == 256 and cli.datamodule.image_shape == (1, 8, 8)
     assert sum(p.numel() for p in cli.model.backbone.parameters()) == pytest.approx(0.2e6, rel=0.1)

@@ -153,9 +153,13 @@ class ImageDataModule(L.LightningDataModule):
         """Images from uint8 to [-1, 1], on the device; without their labels if the data is unconditional."""
         # Pinning memory makes lists of tuples.
         if isinstance(batch, tuple | list) and isinstance(batch[0], Tensor) and batch[0].dtype == torch.uint8:
-            x_0 = from_uint8(batch[0])
+            x_0 = self.from_uint8(batch[0])
             return (x_0, batch[1]) if self.num_classes else x_0
         return batch
+
+    def from_uint8(self, images: Tensor) -> Tensor:
+        """Images as training data, float32 in [-1, 1]."""
+        return from_uint8(images)
 
     def to_uint8(self, x: Tensor) -> Tensor:
         """Samples in the range of the data as images."""
