@@ -383,6 +383,7 @@ def plot(rows: dict[str, Any], floor: float, path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel=DISTANCE, xticks=[1, 2, 5, 10, 35])
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path)

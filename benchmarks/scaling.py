@@ -3,7 +3,7 @@
 Memory, communication and time of a step under DDP (compiled) and FSDP2 (eager), and the GPU-hours of the run. The model
 and the source of each default stand in docs/scaling.md.
 
-Usage: python benchmarks/scaling.py [--network edm2_xxl] [--memory 80] [--intra 329] [--inter 50] …
+Usage: python benchmarks/scaling.py [--network edm2_xxl] [--memory 80] [--intra 323] [--inter 50] …
 """
 
 import argparse
@@ -38,8 +38,8 @@ class Cluster:
     """Memory of a device in GB."""
     node: int = 8
     """Devices a node."""
-    intra: float = 329.0
-    """Bus bandwidth of a collective within a node in GB/s, measured on two H100s."""
+    intra: float = 323.0
+    """Bus bandwidth of a collective within a node in GB/s, measured on two."""
     inter: float = 50.0
     """Bandwidth of a device's adapter to other nodes in GB/s, 400 Gb/s; assumed."""
 

@@ -465,7 +465,7 @@ def summary(results: dict, name: str, devices: int) -> None:
         network["peak_over_diffusion"] = round(compiled["scd"]["peak_gb"] / base["peak_gb"], 3)
     tflop = {kind: PASSES[kind] * network["forward_gflop"] * network["batch"] / 1e3 for kind in compiled}
     network["tflop_s"] = {k: round(1e3 * tflop[k] / compiled[k]["ms"], 4) for k in compiled if "ms" in compiled[k]}
-    network["ceiling_fraction"] = {k: round(v / results["ceiling_tflop_s"], 4) for k, v in network["tflop_s"].items()}
+    network["ceiling_fraction"] = {k: round(v / network["ceiling_tflop_s"], 4) for k, v in network["tflop_s"].items()}
     trainer = network.get("trainer", {}).get("scd", {})
     if "ms" in trainer and "ms" in compiled.get("scd", {}):
         network["trainer_over_bare"] = round(trainer["ms"] / compiled["scd"]["step_ms"], 3)
@@ -534,8 +534,8 @@ def main() -> None:
         "channels_last": args.channels_last,
         "cudnn_benchmark": args.cudnn_benchmark,
         "compile": compile_options(args),
-        "ceiling_tflop_s": round(ceiling_tflop_s(args), 4),
     }
+    ceiling = round(ceiling_tflop_s(args), 4)
     suffix = "" if args.devices == 1 else f"_{args.devices}_devices"
     jobs = list(plan(args))
     if args.resume:
@@ -547,7 +547,7 @@ def main() -> None:
         for (name, part, kind), found in zip(chunk, found_in_turn, strict=True):
             make, batch = (TINY if args.tiny else NETWORKS)[name]
             network = results["networks"].setdefault(name, {})
-            network |= {"batch": args.batch or batch, "forward_gflop": forward_gflop(make)}
+            network |= {"batch": args.batch or batch, "forward_gflop": forward_gflop(make), "ceiling_tflop_s": ceiling}
             network.setdefault(part + suffix, {})[kind] = found
             summary(results, name, args.devices)
             args.out.write_text(json.dumps(results, indent=2) + "\n")
