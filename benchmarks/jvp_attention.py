@@ -6,6 +6,7 @@ the work). Times are medians of CUDA-graph replays, so of the kernels without Py
 extension (docs/cuda.md) has rows of its own, of the same run, also where Triton's kernel is the one taken.
 
 Usage: python benchmarks/jvp_attention.py [--out benchmarks/results/jvp_attention.json] [--only attention cosine block]
+With --only, what is not asked for stays in the file as it was.
 """
 
 import argparse
@@ -254,18 +255,15 @@ def main() -> None:
     torch.manual_seed(0)
     launch.FEWEST_KEYS = dict.fromkeys(launch.FEWEST_KEYS, 1)  # timed as well where Triton is the choice
     machine = limits()
-    report = {
-        "device": torch.cuda.get_device_name(),
-        "commit": commit(),
-        "limits": machine,
-        "results": [],
-        "blocks": [],
-    }
+    report = json.loads(options.out.read_text()) if options.only and options.out.exists() else {}
+    report |= {"device": torch.cuda.get_device_name(), "commit": commit(), "limits": machine}
     report["versions"] = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for name, run in (("attention", attention), ("cosine", cosine), ("block", block)):
         if name in only:
-            report["blocks" if name == "block" else "results"] += run(machine)
+            key, rows = "blocks" if name == "block" else "results", run(machine)
+            others = [row for row in report.get(key, []) if row["op"] != rows[0]["op"]]
+            report[key] = others + [row | {"commit": commit()} for row in rows]
             # After each part, since a later one may run out of time.
             options.out.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -39,7 +39,7 @@ class Cluster:
     node: int = 8
     """Devices a node."""
     intra: float = 323.0
-    """Bus bandwidth of a collective within a node in GB/s, measured on two."""
+    """Bus bandwidth of a collective within a node in GB/s, measured on two H200s."""
     inter: float = 50.0
     """Bandwidth of a device's adapter to other nodes in GB/s, 400 Gb/s; assumed."""
 

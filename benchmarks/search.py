@@ -36,12 +36,7 @@ VALUES = {
     "trainer.log_every_n_steps": 50,
 }
 STUDENT = {"model.P_mean": -1.0, "model.P_std": 1.6, "model.normalization": "rms"}
-SIGMA_DATA = {
-    -1.0: 0.570,
-    -1.0625: 0.592,
-    -1.125: 0.614,
-    -1.25: 0.661,
-}  # by black's value, measured
+SIGMA_DATA = {-1.0: 0.570, -1.0625: 0.592, -1.125: 0.614, -1.25: 0.661}  # by black's value, measured
 
 
 def command(kind: str, folder: Path, lr: float, beta2: float, images: int, input_skip: bool, black: float) -> list[str]:

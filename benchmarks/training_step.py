@@ -330,15 +330,17 @@ class RandomLatents(ImageDataModule):
         return from_uint8(batch[0]), batch[1]
 
 
-def under_trainer(make: Callable, batch: int, args: argparse.Namespace, ready: Callable[[], None]) -> dict:
+def under_trainer(
+    make: Callable, batch: int, devices: int, args: argparse.Namespace, ready: Callable[[], None] = lambda: None
+) -> dict:
     """A step of sCD as a user runs it: data, autocast, optimizer, weight normalisation, average, logging, bar."""
     first, last = (10, 10 + 4 * args.repeats) if args.device == "cuda" else (2, 4)
     with tempfile.TemporaryDirectory() as folder:
         timer = Timer(first, last, ready)
         trainer = L.Trainer(
             accelerator="gpu" if args.device == "cuda" else "cpu",
-            devices=[torch.cuda.current_device()] if args.device == "cuda" and args.devices == 1 else args.devices,
-            strategy="ddp" if args.devices > 1 else "auto",
+            devices=[torch.cuda.current_device()] if args.device == "cuda" and devices == 1 else devices,
+            strategy="ddp" if devices > 1 else "auto",
             precision={torch.float16: "16-mixed", torch.bfloat16: "bf16-mixed"}[args.dtype],
             max_steps=last,
             default_root_dir=folder,
@@ -352,7 +354,7 @@ def under_trainer(make: Callable, batch: int, args: argparse.Namespace, ready: C
         trainer.fit(module_of("scd", make, args, compile_options(args)), datamodule=RandomLatents(batch))
     if trainer.global_rank:
         sys.exit()  # the rest is for the process that writes
-    return {"ms": round(timer.ms, 3), "images_per_second": round(1000 * batch * args.devices / timer.ms, 1)}
+    return {"ms": round(timer.ms, 3), "images_per_second": round(1000 * batch * devices / timer.ms, 1)}
 
 
 # --- The run ----------------------------------------------------------------------------------------------------------
@@ -374,7 +376,10 @@ def run(name: str, part: str, kind: str, args: argparse.Namespace, ready: Callab
     make, batch = (TINY if args.tiny else NETWORKS)[name]
     batch = args.batch or batch
     if part == "trainer":
-        return under_trainer(make, batch, args, ready)
+        found = under_trainer(make, batch, args.devices, args, ready)
+        if args.devices > 1:  # and one of them by itself, a moment later
+            found |= {f"alone_{key}": value for key, value in under_trainer(make, batch, 1, args).items()}
+        return found
     peers = part.startswith("peers")
     with plain_operators() if peers else contextlib.nullcontext():
         step = Step(kind, make, batch, args, compiled=part in ("compiled", "peers_compiled"), peers=peers)
@@ -447,10 +452,9 @@ def together(jobs: list[tuple[str, str, str]], args: argparse.Namespace, deadlin
 def summary(results: dict, name: str, devices: int) -> None:
     """The figures that the README and the tests of a claim read, where their parts are measured."""
     network = results["networks"][name]
-    alone = network.get("trainer", {}).get("scd", {}).get("images_per_second")
-    together = network.get(f"trainer_{devices}_devices", {}).get("scd", {}).get("images_per_second")
-    if alone and together:
-        network[f"scaling_efficiency_{devices}"] = round(together / alone / devices, 3)
+    together = network.get(f"trainer_{devices}_devices", {}).get("scd", {})
+    if "ms" in together:
+        network[f"scaling_efficiency_{devices}"] = round(together["alone_ms"] / together["ms"], 3)
     compiled, peers = network.get("compiled", {}), network.get("peers", {}).get("scd", {})
     base = compiled.get("diffusion", {})
     network |= {f"{kind}_ms": compiled[kind]["ms"] for kind in compiled if "ms" in compiled[kind]}
@@ -529,7 +533,6 @@ def main() -> None:
     results |= {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "torch": torch.__version__,
-        "commit": commit(),
         "precision": f"{args.dtype} autocast".removeprefix("torch."),
         "channels_last": args.channels_last,
         "cudnn_benchmark": args.cudnn_benchmark,
@@ -547,8 +550,10 @@ def main() -> None:
         for (name, part, kind), found in zip(chunk, found_in_turn, strict=True):
             make, batch = (TINY if args.tiny else NETWORKS)[name]
             network = results["networks"].setdefault(name, {})
-            network |= {"batch": args.batch or batch, "forward_gflop": forward_gflop(make), "ceiling_tflop_s": ceiling}
-            network.setdefault(part + suffix, {})[kind] = found
+            network |= {"batch": args.batch or batch, "forward_gflop": forward_gflop(make)}
+            if part == "compiled":  # whose fractions of it are reported
+                network["ceiling_tflop_s"] = ceiling
+            network.setdefault(part + suffix, {})[kind] = found | {"commit": commit()}
             summary(results, name, args.devices)
             args.out.write_text(json.dumps(results, indent=2) + "\n")
             print(name, part + suffix, kind, json.dumps({k: v for k, v in found.items() if k != "kernels"}), flush=True)

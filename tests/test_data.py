@@ -333,6 +333,9 @@ def test_black_below_the_greys(tmp_path, no_debian_package):
     batch, label = data.on_after_batch_transfer((padded, torch.zeros(3)), 0)
     assert batch.shape == (3, 1, 32, 32) and (batch[:, :, :2] == -1.0625).all() and torch.equal(label, torch.zeros(3))
     assert data.sigma_data == pytest.approx(batch.double().std(correction=0).item(), rel=1e-6)
+    for black in (-0.9, float("nan")):
+        with pytest.raises(ValueError, match="among the greys"):
+            FashionMNISTDataModule(black=black)
 
 
 @pytest.mark.skipif(not pathlib.Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="Debian's package is absent")

@@ -69,6 +69,7 @@ def test_defaults_are_the_recorded_runs():
     assert Cluster().tflops == round(step_times["networks"]["edm2_s"]["tflop_s"]["scd"])
     found = eager["networks"]["edm2_s"]
     assert Cluster().eager == round(found["eager"]["scd"]["ms"] / found["scd_ms"], 2)
+    assert Cluster().intra == round(json.loads((NETWORKS.parent / "allreduce.json").read_text())["bus_gb_s"])
     assert Cluster().hbm == round(attention["limits"]["copy_tb_s"], 2)
 
 

@@ -120,7 +120,8 @@ def fit(
 
 def student(kind: str, scale: str, seed: int = 0, edit: Callable | None = None, **init_args: Any) -> Run:
     """A consistency model of the teacher that all figures share; arguments as in :func:`fit`."""
-    return fit(kind, scale, seed, edit, **{"teacher_checkpoint": fit("teacher", scale).checkpoint} | init_args)
+    teacher = fit("teacher", scale).checkpoint
+    return fit(kind, scale, seed, edit, **{"teacher_checkpoint": teacher, "c": 0.1} | init_args)  # the paper's c
 
 
 def _train(run: Run) -> None:

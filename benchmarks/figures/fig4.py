@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sclightning.data.arrays import from_uint8
 from sclightning.trigflow import denoise, interpolate
 
 SAMPLES = 64
@@ -73,7 +72,7 @@ def norms(run: common.Run, times: Sequence[float]) -> dict[str, list[float]]:
     model = run.cli.model.eval().to(device)
     model.load_state_dict(torch.load(run.checkpoint, weights_only=False)["state_dict"])
     images, label = run.cli.datamodule.split("held_out").__getitems__(list(range(SAMPLES)))
-    x_0, label = from_uint8(images.to(device)), label.to(device)
+    x_0, label = run.cli.datamodule.from_uint8(images.to(device)), label.to(device)
     z = model.sigma_data * torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(device)
     found = {"grad_x": [], "d_t": []}
     for time in times:

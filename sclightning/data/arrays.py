@@ -111,8 +111,12 @@ class ImageDataModule(L.LightningDataModule):
 
     @property
     def sigma_data(self) -> float:
-        """Measured standard deviation of the training images in [-1, 1]."""
-        return float(self.split("train").images.std(dtype=np.float64)) / 127.5
+        """Measured standard deviation of the training data."""
+        images = self.split("train").images
+        counts = sum(np.bincount(images[i : i + 1000].ravel(), minlength=256) for i in range(0, len(images), 1000))
+        levels = self.from_uint8(torch.arange(256, dtype=torch.uint8)).double().numpy()
+        mean = np.average(levels, weights=counts)
+        return float(np.average((levels - mean) ** 2, weights=counts) ** 0.5)
 
     def setup(self, stage: str) -> None:
         """Refuse a run that would never end.
@@ -150,7 +154,7 @@ class ImageDataModule(L.LightningDataModule):
         return strided_loader(self.split(split), self.hparams.sample_batch_size, num_replicas, rank)
 
     def on_after_batch_transfer(self, batch, dataloader_idx: int):
-        """Images from uint8 to [-1, 1], on the device; without their labels if the data is unconditional."""
+        """Images from uint8 to training data, on the device; without their labels if the data is unconditional."""
         # Pinning memory makes lists of tuples.
         if isinstance(batch, tuple | list) and isinstance(batch[0], Tensor) and batch[0].dtype == torch.uint8:
             x_0 = self.from_uint8(batch[0])
@@ -158,7 +162,7 @@ class ImageDataModule(L.LightningDataModule):
         return batch
 
     def from_uint8(self, images: Tensor) -> Tensor:
-        """Images as training data, float32 in [-1, 1]."""
+        """Images in {0, …, 255} as training data, float32: in [-1, 1] unless a subclass has another range."""
         return from_uint8(images)
 
     def to_uint8(self, x: Tensor) -> Tensor:

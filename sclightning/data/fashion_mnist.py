@@ -26,9 +26,12 @@ class FashionMNISTDataModule(ImageDataModule):
         num_test_samples: Samples to make in test and prediction.
         sample_batch_size: Samples to make at once.
         seed: Seed of the order of training images.
-        black: Value of level 0 in the training data; the other 255 keep theirs in (-1, 1]. Three pixels in five are
-            exactly black. Below -1 there is a gap under the darkest grey, and :meth:`to_uint8` clips what lies in its
-            lower part to black: a sample has to miss black by more than the gap before grain is seen.
+        black: Value of level 0 in the training data, at most -1; the other 255 keep theirs in (-1, 1]. Three pixels in
+            five are exactly black. Below -1 there is a gap under the darkest grey, which :meth:`to_uint8` clips to
+            black: a sample has to miss black by more than the gap before grain is seen.
+
+    Raises:
+        ValueError: If black would lie among the greys.
     """
 
     name = "fashion-mnist"
@@ -47,16 +50,12 @@ class FashionMNISTDataModule(ImageDataModule):
         black: float = -1.0,
     ):
         super().__init__(batch_size, num_val_samples, num_test_samples, sample_batch_size, seed)
+        if not black <= -1:
+            raise ValueError(f"black={black} lies among the greys; give -1, its place, or less.")
         self.root, self.download, self.black = root, download, black
 
-    @property
-    def sigma_data(self) -> float:
-        """Measured standard deviation of the training data."""
-        images = self.split("train").images
-        return float(np.where(images == 0, self.black, images / 127.5 - 1).std())
-
     def from_uint8(self, images: Tensor) -> Tensor:
-        """Images in {0, …, 255} as training data, float32."""
+        """Images in {0, …, 255} as training data, float32 in [-1, 1] but for black."""
         return super().from_uint8(images).masked_fill(images == 0, self.black)
 
     def read(self, split: Split) -> ArrayDataset:
