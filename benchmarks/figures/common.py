@@ -99,6 +99,8 @@ def fit(
         edit: Changes what no argument of ours changes, before training and before each use.
         init_args: Arguments of the module, dots for those inside one, ``model`` for another class.
     """
+    if kind != "teacher":
+        init_args = {"c": 0.1} | init_args  # the paper's, whatever the config has
     changes = {f"model.init_args.{name.replace('__', '.')}": value for name, value in init_args.items()}
     if "model.init_args.class_path" in changes:
         changes = {"model.class_path": changes.pop("model.init_args.class_path")} | changes
@@ -120,8 +122,7 @@ def fit(
 
 def student(kind: str, scale: str, seed: int = 0, edit: Callable | None = None, **init_args: Any) -> Run:
     """A consistency model of the teacher that all figures share; arguments as in :func:`fit`."""
-    teacher = fit("teacher", scale).checkpoint
-    return fit(kind, scale, seed, edit, **{"teacher_checkpoint": teacher, "c": 0.1} | init_args)  # the paper's c
+    return fit(kind, scale, seed, edit, **{"teacher_checkpoint": fit("teacher", scale).checkpoint} | init_args)
 
 
 def _train(run: Run) -> None:

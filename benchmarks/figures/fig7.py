@@ -18,7 +18,7 @@ VSD = "sclightning.modules.VariationalScoreDistillation"
 TWO_STEPS = [T_MAX, 1.1]
 STUDENTS = {
     "VSD": {"class_path": VSD},
-    "sCD": {},
+    "sCD": {"times": TWO_STEPS},
     "sCD + VSD": {"class_path": VSD, "scd": True, "times": TWO_STEPS},
 }
 METRICS = {"precision": "precision", "recall": "recall", "fd": common.DISTANCE}
