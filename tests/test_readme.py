@@ -45,7 +45,9 @@ def test_attention_table_is_the_recorded_run():
         same = [r for r in results if (r["op"], r["shape"]) == (result["op"], result["shape"])]
         ms = {r["backend"]: f"{r['ours_ms']:.3g}" for r in same}
         row += [ms.get("cuda", "-"), ms["triton"], f"{result['floor_ms']:.3g}"]
-        assert f"| {' | '.join(row)} |" in README
+        peers = {name: f"{peer:.3g}" for one in same for name, peer in one["peers_ms"].items()}
+        naive = peers.get("torch.compile(naive torch.func.jvp)", peers["naive torch.func.jvp"])
+        assert f"| {' | '.join([*row, peers.get('jvp-flash-attention', '-'), naive])} |" in README
         if result["backend"] == "cuda":
             assert f"| {' | '.join(row)} | {result['ours_ms'] / result['floor_ms']:.2f} |" in cuda_page
 
