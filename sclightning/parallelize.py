@@ -1,4 +1,7 @@
-"""What many devices do to a network, beside it: sharding (FSDP2) and activation checkpointing, block by block."""
+"""What many devices do to a network, beside it: sharding (FSDP2) and activation checkpointing, block by block.
+
+And what they do to a run: :func:`ask_rarely`.
+"""
 
 import functools
 from collections.abc import Callable
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
+    import lightning as L
     from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -77,3 +81,22 @@ def shard_like(x: Tensor, reference: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(x, reference.device_mesh, reference.placements, src_data_rank=None)
+
+
+def ask_rarely(trainer: "L.Trainer") -> None:
+    """Have processes ask each other for a SIGTERM after the steps that are logged, not before every batch.
+
+    Lightning 2.6 asks by a broadcast whose answer the host waits for (Lightning-AI/pytorch-lightning#21487), so it can
+    never prepare a step while the device is at the one before; after a logged step it has waited anyway. A signal that
+    reached the process itself ends its run after the batch, as before.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    ask = getattr(loop, "_broadcast_sigterm_tensor", None)
+    if ask is None:
+        return
+
+    def rarely() -> None:
+        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
+            ask()
+
+    loop._broadcast_sigterm_tensor = rarely

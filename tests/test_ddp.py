@@ -74,6 +74,12 @@ trainer = L.Trainer(
 )
 trainer.fit(module, datamodule=data)
 trainer.save_checkpoint(f"{folder}/run.ckpt")
+
+broadcast, record["asked"] = torch.distributed.broadcast, []
+torch.distributed.broadcast = lambda x, src: record["asked"].append(seven.global_step) or broadcast(x, src=src)
+seven = L.Trainer(**options, max_steps=7, log_every_n_steps=3, enable_checkpointing=False)
+seven.fit(ConsistencyTraining(randomize(DDPMpp(**TINY)), sigma_data=0.752), datamodule=data)
+torch.distributed.broadcast = broadcast
 torch.save(record, f"{folder}/rank{trainer.global_rank}.pt")
 
 module.backbone = randomize(DDPMpp(**TINY), 3)  # the same network whatever was trained before, in shades of grey
@@ -136,6 +142,11 @@ def test_ranks_keep_the_same_weights(runs):
         for a, b, c in zip(first[key], second[key], alone[key], strict=True):
             assert torch.equal(a, b) and not torch.equal(a, c)
     assert not torch.equal(first["weights"][0], first["weights"][1])
+
+
+def test_processes_ask_about_signals_after_logged_steps_only(runs):
+    """Lightning would have the host wait for the device before each of the seven batches."""
+    assert [rank["asked"] for rank in runs[2][1]] == [[0, 3, 6], [0, 3, 6]]
 
 
 def test_instruments_measure_over_both_processes(runs):

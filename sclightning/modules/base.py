@@ -18,7 +18,7 @@ from sclightning.backbones.layers import AdaptiveWeight, check_conditions
 from sclightning.checkpoint import backbone_weights, mismatched
 from sclightning.data.requests import SampleRequest
 from sclightning.objective import finite_mean
-from sclightning.parallelize import checkpoint_blocks, shard
+from sclightning.parallelize import ask_rarely, checkpoint_blocks, shard
 from sclightning.provenance import merge, recorded
 from sclightning.sampling import sample_noise
 from sclightning.trigflow import sample_time
@@ -121,6 +121,10 @@ class TrigFlowModule(L.LightningModule):
                 f"The data is augmented, of which {type(self).__name__} does not tell its network; set "
                 f"data.init_args.augment to 0, or give a TrigFlowDiffusion a backbone with augment_dim: {augment_dim}."
             )
+
+    def on_train_start(self) -> None:
+        """Keep the host ahead of the devices, see :func:`~sclightning.parallelize.ask_rarely`."""
+        ask_rarely(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Record whose weights these were made from, and under which licence."""
