@@ -178,8 +178,12 @@ TRIALS = {kind: threading.Lock() for kind in KINDS}
 
 
 def steps_of(kind: str, folder: Path, args: argparse.Namespace, run: Callable) -> int:
-    """Optimizer steps that fit the seconds of a budget, by a trial of the first few hundred: one for all seeds."""
-    trial, teacher = args.folder / "pace", args.teacher or str(folder / "teacher/last.ckpt")
+    """Optimizer steps that fit the seconds of a budget, by a trial of the first few hundred: one for all seeds.
+
+    While a seed's teacher is trained, its students are tried with the teacher of the teacher's trial.
+    """
+    trial, teacher = args.folder / "pace", Path(args.teacher or folder / "teacher/last.ckpt")
+    teacher = str(teacher if args.teacher or teacher.exists() else trial / "teacher/last.ckpt")
     found, tiny = trial / f"{kind}.json", args.budget == "tiny"
     with TRIALS[kind]:
         if not found.exists():
@@ -421,7 +425,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         known |= floor()
         args.out.write_text(json.dumps(known, indent=2) + "\n")
         print(f"Held-out accuracy {known['classifier']['held_out_accuracy']:.4f}, floor {known['floor']:.4f}")
-    with ThreadPoolExecutor(args.devices) as pool:
+    with ThreadPoolExecutor(args.devices + (args.devices > 1)) as pool:  # one more, to wait for its teacher
         for seed, futures in submit(pool, args).items():
             records, folder = [], args.folder / f"seed{seed}"
             for future in futures:
@@ -448,16 +452,21 @@ def submit(pool: ThreadPoolExecutor, args: argparse.Namespace) -> dict[int, list
     for name in names[: args.devices] if args.devices > 1 else [None]:
         devices.put(name)
 
-    def work(kind: str, seed: int, teacher: Future | None) -> dict[str, Any]:
-        if teacher is not None:
-            teacher.result()
+    def on_device(task: Callable[[Callable], Any]) -> Any:
         device = devices.get()
         try:
-            run = sclightning if device is None else functools.partial(sclightning, device=device)
-            folder = args.folder / f"seed{seed}"
-            return train(kind, folder, seed, args, run) | test(kind, folder, args, run)
+            return task(sclightning if device is None else functools.partial(sclightning, device=device))
         finally:
             devices.put(device)
+
+    def work(kind: str, seed: int, teacher: Future | None) -> dict[str, Any]:
+        folder = args.folder / f"seed{seed}"
+        if teacher is not None:
+            if args.devices > 1 and not (folder / f"{kind}.yaml").exists():  # on a device with nothing else to do
+                for tried in ("teacher", kind):
+                    on_device(functools.partial(steps_of, tried, folder, args))
+            teacher.result()
+        return on_device(lambda run: train(kind, folder, seed, args, run) | test(kind, folder, args, run))
 
     kinds = [kind for kind in args.only or KINDS if kind != "floor" and not (kind == "teacher" and args.teacher)]
     jobs = [(kind, seed) for seed in args.seeds for kind in sorted(kinds, key=KINDS.index)]
