@@ -92,6 +92,18 @@ class SCLightningCLI(LightningCLI):
         super().instantiate_classes()
         config["evaluation"] = self._evaluation
 
+    def before_fit(self) -> None:
+        """Say so if the end of the run will not be in its last checkpoint: Lightning saves at multiples only."""
+        steps, intervals = self.trainer.max_steps, []
+        for callback in self.trainer.checkpoint_callbacks:
+            intervals.append(getattr(callback, "_every_n_train_steps", 0))
+        if steps > 0 and intervals and all(every and steps % every for every in intervals):
+            last = max(steps // every * every for every in intervals)
+            rank_zero_warn(
+                f"The last checkpoint will be of step {last} of {steps}; set every_n_train_steps of ModelCheckpoint to "
+                "a divisor."
+            )
+
     def before_test(self) -> None:
         """Measure what the config's ``evaluation`` says, and print no table beside that of the evaluation."""
         if self._evaluation is not None:

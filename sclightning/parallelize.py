@@ -1,13 +1,16 @@
 """What many devices do to a network, beside it: sharding (FSDP2) and activation checkpointing, block by block.
 
-And what they do to a run: :func:`ask_rarely`.
+And what they do to a run: :func:`stop_together`.
 """
 
 import functools
+import signal
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -83,20 +86,39 @@ def shard_like(x: Tensor, reference: Tensor) -> Tensor:
     return distribute_tensor(x, reference.device_mesh, reference.placements, src_data_rank=None)
 
 
-def ask_rarely(trainer: "L.Trainer") -> None:
-    """Have processes ask each other for a SIGTERM after the steps that are logged, not before every batch.
+def stop_together(trainer: "L.Trainer") -> None:
+    """Have a SIGTERM to any process end the run of all, before the same batch, without the host waiting for the device.
 
-    Lightning 2.6 asks by a broadcast whose answer the host waits for (Lightning-AI/pytorch-lightning#21487), so it can
-    never prepare a step while the device is at the one before; after a logged step it has waited anyway. A signal that
-    reached the process itself ends its run after the batch, as before.
+    Lightning 2.6 asks before every batch whether the first process has had one, and the host waits for the answer
+    (Lightning-AI/pytorch-lightning#21487), so it can never prepare a step while the device is at the one before. Here
+    each process is asked too, and the answer is read a batch later, when it has long been there. In Lightning's place
+    only once training begins; what else handles the signal still does.
     """
-    loop = trainer.fit_loop.epoch_loop
-    ask = getattr(loop, "_broadcast_sigterm_tensor", None)
-    if ask is None:
+    loop, connector = trainer.fit_loop.epoch_loop, trainer._signal_connector
+    if trainer.world_size == 1 or not hasattr(loop, "_broadcast_sigterm_tensor"):
         return
+    signalled, device = threading.Event(), trainer.strategy.root_device
+    answer: Tensor | None = None
+    arrived = torch.cuda.Event() if device.type == "cuda" else None
 
-    def rarely() -> None:
-        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
-            ask()
+    def ask() -> None:
+        nonlocal answer
+        if answer is not None:
+            if arrived is not None:
+                arrived.synchronize()
+            if answer.item():
+                raise SIGTERMException
+        flag = torch.full((1,), float(signalled.is_set()), device=device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        answer = flag.to("cpu", non_blocking=True)
+        if arrived is not None:
+            arrived.record()
 
-    loop._broadcast_sigterm_tensor = rarely
+    loop._broadcast_sigterm_tensor = ask
+
+    def flag_it(signum: int, frame: Any) -> None:
+        signalled.set()
+
+    # Lightning's own handler broadcasts, which only its own question could receive.
+    handlers = getattr(signal.getsignal(signal.SIGTERM), "signal_handlers", [])
+    handlers[:] = [flag_it if h == connector._sigterm_notifier_fn else h for h in handlers]

@@ -4,6 +4,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
@@ -151,6 +152,32 @@ def test_ema_wants_exactly_one_length(options):
     with pytest.raises(ValueError, match="exactly one of decay, half_life, sigma_rel") as error:
         EMA(**options)
     assert "\n" not in str(error.value) and all(name in str(error.value) for name in options)
+
+
+def test_checkpoints_of_weights_only_are_refused(make_plain_net, quiet, tmp_path, loader):
+    """Lightning asks no callback for them, so they would hold the weights in training."""
+    save = ModelCheckpoint(tmp_path, save_weights_only=True)
+    with pytest.raises(ValueError, match="save_weights_only"):
+        run(
+            make_module(make_plain_net), quiet, tmp_path, loader, EMA(decay=0.9), save,
+            enable_checkpointing=True,
+        )  # fmt: skip
+
+
+def test_resuming_without_the_average_is_noticed(make_plain_net, quiet, tmp_path, loader, recwarn):
+    """The weights are the averages then, which is said; with the callback nothing is."""
+    run(make_module(make_plain_net), quiet, tmp_path, loader, EMA(decay=0.9), SaveAt(3, tmp_path))
+    for callbacks, warned in (([EMA(decay=0.9)], False), ([], True)):
+        recwarn.clear()
+        run(make_module(make_plain_net), quiet, tmp_path, loader, *callbacks, ckpt_path=tmp_path / "step3.ckpt")
+        assert any("without the callback EMA" in str(w.message) for w in recwarn) == warned
+
+
+def test_fit_without_a_step_leaves_the_weights(make_plain_net, quiet, tmp_path, loader):
+    module = make_module(make_plain_net)
+    before = vector(module)
+    run(module, quiet, tmp_path, loader, EMA(decay=0.9), max_steps=0)
+    assert torch.equal(vector(module), before)
 
 
 @pytest.mark.parametrize("sigma_rel", [0.0, 0.2887, 0.5, -0.1])

@@ -354,6 +354,14 @@ def test_test_without_measure_says_so(teacher):
         main(["test", "--config", str(teacher.config), "--ckpt_path", str(teacher.ckpt), "--model.steps=1"])
 
 
+def test_fit_says_which_steps_the_last_checkpoint_will_lack(tmp_path, write_config):
+    """Four steps, saved every third."""
+    config = write_config(tmp_path, trainer={"max_steps": 4})
+    with pytest.warns(UserWarning, match="of step 3 of 4; set every_n_train_steps"):
+        main(["fit", "--config", str(config)])
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
 def test_predict_refuses_images_that_would_stay(student, tmp_path, capsys):
     """The same prediction again is fine; one of fewer images would leave some of the last among its own."""
     folder = tmp_path / "images"

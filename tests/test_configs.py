@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sclightning.callbacks import EMA, TangentWarmup
 from sclightning.cli import SCLightningCLI
@@ -124,6 +125,7 @@ def test_numbers_of_the_paper(name):
     steps = STUDENT_STEPS[data][kind] if student else TEACHER_STEPS[data][size]
     assert cli.trainer.max_steps == 1000 * steps
     callbacks = {type(c): c for c in cli.trainer.callbacks}
+    assert cli.trainer.max_steps % callbacks[ModelCheckpoint]._every_n_train_steps == 0  # the last step is saved
     assert (TangentWarmup in callbacks) == student
     if student:
         assert callbacks[TangentWarmup].steps == 10_000

@@ -1,12 +1,13 @@
 """EDM2's gradient sanitising as an option."""
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
-from sclightning.callbacks.finite_gradients import FiniteGradients
+from sclightning.callbacks import FiniteGradients, GradientNorm
 
 
 class Exploding(L.LightningModule):
@@ -19,12 +20,15 @@ class Exploding(L.LightningModule):
     def training_step(self, batch, batch_idx):
         return (self.weight * batch[0]).sum()
 
+    fused = False
+
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
+        return torch.optim.SGD(self.parameters(), 0.1, fused=self.fused)
 
 
-def run(*callbacks, **options):
+def run(*callbacks, fused=False, **options):
     model = Exploding()
+    model.fused = fused
     batches = torch.tensor([[1.0, 1.0], [1.0, torch.inf], [1.0, torch.nan]])
     logged = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(
@@ -40,10 +44,12 @@ def test_gradients_that_are_not_finite_become_zero_and_are_counted():
     assert metrics["nonfinite_gradients"] == 1  # of the last step
 
 
-def test_loss_scaler_skips_such_steps_all_the_same():
+@pytest.mark.parametrize("callbacks", [[FiniteGradients()], [GradientNorm(), FiniteGradients()]])
+@pytest.mark.parametrize("fused", [False, True])
+def test_loss_scaler_skips_such_steps_all_the_same(fused, callbacks):
     """That of 16-mixed looks before the callback does; neither bad batch takes a step, each halves the scale."""
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    weight, _ = run(FiniteGradients(), plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    weight, _ = run(*callbacks, fused=fused, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
     torch.testing.assert_close(torch.tensor(weight), torch.tensor([0.9, 0.9]))
     assert scaler.get_scale() == 2
 

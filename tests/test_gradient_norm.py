@@ -27,14 +27,17 @@ class Linear(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.seen.append(torch.cat([self.first.grad, self.second.grad]).norm().item())
 
+    fused = False
+
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
+        return torch.optim.SGD(self.parameters(), 0.1, fused=self.fused)
 
 
-def run(batches, *callbacks, **options):
+def run(batches, *callbacks, fused=False, **options):
     logged = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     options = {"max_epochs": 1, "enable_model_summary": False} | options
     trainer, model = L.Trainer(accelerator="cpu", callbacks=list(callbacks), **logged, **options), Linear()
+    model.fused = fused
     trainer.fit(model, DataLoader(torch.tensor(batches)))
     return trainer.callback_metrics["gradient_norm"].item(), model.seen[-1]
 
@@ -57,7 +60,8 @@ def test_gradients_that_are_not_finite_show():
     assert norm != norm and after == 3.0
 
 
-def test_norm_after_unscaling():
-    """The loss scale of float16 training is no part of it."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_norm_after_unscaling(fused):
+    """The loss scale of float16 training is no part of it, also where the optimizer takes it out itself."""
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
-    assert run([[3.0, 4.0]], GradientNorm(), plugins=[precision]) == (5.0, 5.0)
+    assert run([[3.0, 4.0]], GradientNorm(), fused=fused, plugins=[precision]) == (5.0, 5.0)

@@ -532,6 +532,19 @@ def test_wrong_sigma_data_is_refused(make_net, quiet, tmp_path):
     assert sentence(error)
 
 
+def test_sampling_needs_no_images(make_net, quiet, tmp_path):
+    """Training images are read for training."""
+
+    class Gone(DigitsDataModule):
+        def read(self, split):
+            raise FileNotFoundError(split)
+
+    trainer = L.Trainer(**quiet, default_root_dir=tmp_path)
+    data = Gone(num_test_samples=3)
+    (samples,) = trainer.predict(ConsistencyTraining(make_net(), sigma_data=0.752), datamodule=data)
+    assert samples.shape == (3, 1, 8, 8) and samples.isfinite().all()
+
+
 class WrongShape(torch.nn.Module):
     def forward(self, x, t):
         return x[:, :, :4]
@@ -674,6 +687,8 @@ def test_diffusion_samples_are_the_solver_of_the_guided_velocity(make_net):
 
         expected = heun(F, noise, karras_times(4, SD), SD).float()
         torch.testing.assert_close(module.sample([0, 1, 2], (1, 8, 8), label), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="uidance"):
+        module.sample([0], (1, 8, 8))  # no label to leave out
 
 
 @pytest.mark.parametrize(("solver", "nfe"), [("heun", 9), ("ddim", 5), ("dpm_solver++", 5)])

@@ -47,11 +47,16 @@ class EMA(L.Callback):
         self._live: dict[str, Tensor] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a second average: a checkpoint's ``state_dict`` has room for one.
+        """Refuse a second average, a checkpoint's ``state_dict`` has room for one, and checkpoints without averages.
 
         Raises:
-            ValueError: If the trainer has another of this class.
+            ValueError: If the trainer has another of this class, or a checkpoint callback that saves weights only.
         """
+        if stage == "fit" and any(getattr(callback, "save_weights_only", False) for callback in trainer.callbacks):
+            raise ValueError(
+                "A checkpoint callback has save_weights_only: true, for which Lightning asks no callback, so its "
+                "weights would not be averages; leave it out (sclightning export writes averaged weights alone)."
+            )
         if sum(isinstance(callback, EMA) for callback in trainer.callbacks) > 1:
             raise ValueError(
                 "The trainer has two EMA callbacks, and a checkpoint has room for one average; keep one, and take "
@@ -105,8 +110,9 @@ class EMA(L.Callback):
             self._live = {}
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the average in the module."""
-        _copy(self._average, pl_module)
+        """Leave the average in the module, if there was a batch."""
+        if self._average:
+            _copy(self._average, pl_module)
         self._average = {}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:

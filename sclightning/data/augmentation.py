@@ -51,6 +51,11 @@ def draw_parameters(seed: int, positions: Iterable[int], probability: float) -> 
     return torch.tensor(np.array(rows), dtype=torch.float32)
 
 
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device, without the host waiting for what the device is at."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def condition(parameters: Tensor) -> Tensor:
     """What the network is told, (B, 9), of parameters (B, 8)."""
     a = parameters.unbind(1)
@@ -70,7 +75,7 @@ def transform(images: Tensor, parameters: Tensor) -> Tensor:
     maps = maps @ _rotate(a[4]) @ _scale(_ANISOTROPY ** a[5], _ANISOTROPY ** -a[5]) @ _rotate(-a[4])
     maps = maps @ _rotate(-a[3]) @ _scale(_SCALE ** a[2], _SCALE ** a[2]) @ _scale(1 - 2 * a[0], 1 - 2 * a[1])
     # Sampling asks the other way round: where in the source does a pixel of the result come from?
-    inverse = torch.linalg.inv(maps)[:, :2].to(images)
+    inverse = send(torch.linalg.inv(maps)[:, :2].to(images.dtype), images.device)
     grid = nnF.affine_grid(inverse, list(images.shape), align_corners=False)
     return nnF.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
 

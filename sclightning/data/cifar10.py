@@ -6,7 +6,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from sclightning.data.arrays import ArrayDataset, ImageDataModule, Split
-from sclightning.data.augmentation import CONDITION_DIM, condition, draw_parameters, transform
+from sclightning.data.augmentation import CONDITION_DIM, condition, draw_parameters, send, transform
 from sclightning.data.requests import SampleRequest
 from sclightning.data.storage import open_split, read_metadata
 
@@ -102,7 +102,7 @@ class CIFAR10DataModule(ImageDataModule):
         # With probability 0 all that is left of the augmentation is the flip.
         parameters = draw_parameters(self.hparams.seed, self.positions(len(x_0)), self.augment)
         if self.augment:
-            return transform(x_0, parameters), label, condition(parameters).to(x_0.device)
-        flipped = parameters[:, 0].bool().view(-1, 1, 1, 1).to(x_0.device)
+            return transform(x_0, parameters), label, send(condition(parameters), x_0.device)
+        flipped = send(parameters[:, 0].bool(), x_0.device).view(-1, 1, 1, 1)
         x_0 = torch.where(flipped, x_0.flip(3), x_0)
         return x_0 if label is None else (x_0, label)

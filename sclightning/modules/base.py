@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from sclightning.adapters import Guided, guided_velocity
@@ -18,7 +20,7 @@ from sclightning.backbones.layers import AdaptiveWeight, check_conditions
 from sclightning.checkpoint import backbone_weights, mismatched
 from sclightning.data.requests import SampleRequest
 from sclightning.objective import finite_mean
-from sclightning.parallelize import ask_rarely, checkpoint_blocks, shard
+from sclightning.parallelize import checkpoint_blocks, shard, stop_together
 from sclightning.provenance import merge, recorded
 from sclightning.sampling import sample_noise
 from sclightning.trigflow import sample_time
@@ -108,7 +110,7 @@ class TrigFlowModule(L.LightningModule):
             ValueError: If the data module's standard deviation is not this module's, or it augments images and the
                 network is not told.
         """
-        measured = getattr(self.trainer.datamodule, "sigma_data", None)
+        measured = getattr(self.trainer.datamodule, "sigma_data", None) if stage == "fit" else None
         if measured is not None and abs(measured / self.sigma_data - 1) > 0.05:
             raise ValueError(
                 f"The training images have a standard deviation of {measured:.3f}, the model was given "
@@ -123,8 +125,8 @@ class TrigFlowModule(L.LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Keep the host ahead of the devices, see :func:`~sclightning.parallelize.ask_rarely`."""
-        ask_rarely(self.trainer)
+        """Keep the hosts ahead of their devices, see :func:`~sclightning.parallelize.stop_together`."""
+        stop_together(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Record whose weights these were made from, and under which licence."""
@@ -143,6 +145,14 @@ class TrigFlowModule(L.LightningModule):
                 f"The checkpoint is of a {kind} model and cannot be gone on with as {type(self).__name__}; give "
                 "--ckpt_path one of this run (a teacher to start from is model.init_args.teacher_checkpoint)."
             )
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING and "ema" in checkpoint:
+            from sclightning.callbacks import EMA
+
+            if not any(isinstance(callback, EMA) for callback in self.trainer.callbacks):
+                rank_zero_warn(
+                    "The checkpoint's weights are averages, and without the callback EMA, which its run had, training "
+                    "goes on from those, with an optimizer that knows others; add EMA."
+                )
         if self._trainer is not None and "state_dict" in checkpoint:
             wrong = mismatched(self.backbone.state_dict(), backbone_weights(checkpoint))
             if wrong:

@@ -6,7 +6,6 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from sclightning.adapters import Guided
 from sclightning.modules.base import TrigFlowModule
 from sclightning.objective import weighted_loss
 from sclightning.sampling import SOLVERS, karras_times
@@ -96,8 +95,7 @@ class TrigFlowDiffusion(TrigFlowModule):
         """Solve the PF-ODE from unit noise (1, B, C, H, W)."""
 
         def F(x: Tensor, t: Tensor) -> Tensor:
-            guided = self.guidance_scale is not None and (label is not None or isinstance(self.backbone, Guided))
-            scale = torch.full_like(t, self.guidance_scale) if guided else None
+            scale = None if self.guidance_scale is None else torch.full_like(t, self.guidance_scale)
             return self._call_guided(self.backbone, x, t, label, scale)
 
         times = karras_times(self.steps, self.sigma_data)
