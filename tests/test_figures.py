@@ -105,6 +105,19 @@ def test_fig4_end_to_end(script, tiny, monkeypatch):
     assert (tiny / "plots/fig4_tiny.png").is_file()
 
 
+def test_length_is_a_fraction_of_the_configs_steps(script, tiny, monkeypatch):
+    """Half of four steps, schedule and warm-up with them, in a folder of their own."""
+    common = script("common")
+    whole = common.fit("scd", "tiny", teacher_checkpoint=common.fit("teacher", "tiny").checkpoint)
+    monkeypatch.setattr(common, "LENGTH", 0.5)
+    half = common.student("scd", "tiny")
+    assert (whole.record["steps"], half.record["steps"]) == (4, 2) and whole.folder != half.folder
+    assert half.cli.config.model.init_args.lr_scheduler.init_args.total_steps == 2
+    for run, steps in ((whole, 60), (half, 30)):
+        (warmup,) = (c for c in run.cli.trainer.callbacks if isinstance(c, common.TangentWarmup))
+        assert warmup.steps == steps
+
+
 def test_students_of_fig5a(script, tiny, monkeypatch):
     """Students share one teacher, each tangent has its better rate; each has a distance for both checkpoints."""
     fig5a = script("fig5a")

@@ -22,12 +22,13 @@ import lightning as L
 import matplotlib
 import numpy as np
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 from torchmetrics.image import FrechetInceptionDistance
 
-from sclightning.callbacks import FIDEvaluation, SampleGrid
+from sclightning.callbacks import FIDEvaluation, SampleGrid, TangentWarmup
 from sclightning.cli import SCLightningCLI, _quieten
 from sclightning.data import FashionMNISTDataModule
 from sclightning.data.arrays import ArrayDataset, Split
@@ -42,6 +43,8 @@ import provenance  # noqa: E402
 RUNS, RESULTS, PLOTS = Path("runs/figures"), ROOT / "benchmarks/results/figures", ROOT / "docs/figures"
 CONFIGS = {"small": ROOT / "benchmarks/figures/small", "full": ROOT / "configs/fashion_mnist"}
 DISTANCE = classifier.DISTANCE
+LENGTH = 1.0
+"""Steps of every run as a fraction of its config's."""
 PARTS = 4
 """Checkpoints kept of a run, evenly spaced."""
 
@@ -106,11 +109,17 @@ def fit(
         changes = {"model.class_path": changes.pop("model.init_args.class_path")} | changes
     changes |= {"seed_everything": seed, "model.init_args.seed": seed, "data.init_args.seed": seed}
     changes["trainer.logger"] = False  # its folder has the hash in its name
+    if LENGTH != 1:
+        steps = round(LENGTH * yaml.safe_load((CONFIGS[scale] / f"{kind}.yaml").read_text())["trainer"]["max_steps"])
+        changes |= {"trainer.max_steps": steps, "model.init_args.lr_scheduler.init_args.total_steps": steps}
     arguments = [
         f"--{name}={json.dumps(value) if not isinstance(value, str) else value}" for name, value in changes.items()
     ]
     _quieten()
     cli = SCLightningCLI(["--config", str(CONFIGS[scale] / f"{kind}.yaml"), *arguments], run=False)
+    for callback in cli.trainer.callbacks:
+        if isinstance(callback, TangentWarmup):
+            callback.steps = max(1, round(LENGTH * callback.steps))
     if edit is not None:
         edit(cli)
     content = cli.parser.dump(cli.config) + (inspect.getsource(edit) if edit else "")
@@ -290,11 +299,14 @@ def main(
     parser.add_argument("--scale", choices=CONFIGS, default="small")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the students")
     parser.add_argument("--plot", action="store_true", help="redraw from the JSON, without training")
+    parser.add_argument("--length", type=float, default=1.0, help="of every run, as a fraction of its config's steps")
     args = parser.parse_args()
+    global LENGTH
+    LENGTH = args.length
     path = RESULTS / f"{name}.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
     if not args.plot:
-        results[args.scale] = {**compute(args.scale, args.seeds), **machine()}
+        results[args.scale] = {**compute(args.scale, args.seeds), "length": args.length, **machine()}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(rounded(results), indent=2) + "\n")
     matplotlib.use("Agg")
