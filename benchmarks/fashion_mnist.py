@@ -188,6 +188,7 @@ def steps_of(kind: str, folder: Path, args: argparse.Namespace, run: Callable) -
     with TRIALS[kind]:
         if not found.exists():
             shutil.rmtree(trial / kind, ignore_errors=True)  # it was interrupted
+            (trial / f"{kind}.yaml").unlink(missing_ok=True)
             config = config_of(kind, trial, SEARCH_SEED, 12 if tiny else 600, tiny, teacher)
             config["trainer"]["callbacks"][-1]["init_args"]["every_n_train_steps"] *= 4  # after the time is taken
             write(config, trial / f"{kind}.yaml")

@@ -467,7 +467,8 @@ def summary(results: dict, name: str, devices: int) -> None:
             network[f"{kind}_over_diffusion"] = round(compiled[kind]["ms"] / base["ms"], 3)
     if compiled.get("scd", {}).get("peak_gb"):
         network["peak_over_diffusion"] = round(compiled["scd"]["peak_gb"] / base["peak_gb"], 3)
-    tflop = {kind: PASSES[kind] * network["forward_gflop"] * network["batch"] / 1e3 for kind in compiled}
+    images = {kind: compiled[kind].get("batch", network["batch"]) for kind in compiled}
+    tflop = {kind: PASSES[kind] * network["forward_gflop"] * images[kind] / 1e3 for kind in compiled}
     network["tflop_s"] = {k: round(1e3 * tflop[k] / compiled[k]["ms"], 4) for k in compiled if "ms" in compiled[k]}
     network["ceiling_fraction"] = {k: round(v / network["ceiling_tflop_s"], 4) for k, v in network["tflop_s"].items()}
     trainer = network.get("trainer", {}).get("scd", {})
@@ -553,7 +554,7 @@ def main() -> None:
             network |= {"batch": args.batch or batch, "forward_gflop": forward_gflop(make)}
             if part == "compiled":  # whose fractions of it are reported
                 network["ceiling_tflop_s"] = ceiling
-            network.setdefault(part + suffix, {})[kind] = found | {"commit": commit()}
+            network.setdefault(part + suffix, {})[kind] = found | {"batch": args.batch or batch, "commit": commit()}
             summary(results, name, args.devices)
             args.out.write_text(json.dumps(results, indent=2) + "\n")
             print(name, part + suffix, kind, json.dumps({k: v for k, v in found.items() if k != "kernels"}), flush=True)

@@ -5,7 +5,6 @@ And what they do to a run: :func:`stop_together`.
 
 import functools
 import signal
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -92,33 +91,35 @@ def stop_together(trainer: "L.Trainer") -> None:
     Lightning 2.6 asks before every batch whether the first process has had one, and the host waits for the answer
     (Lightning-AI/pytorch-lightning#21487), so it can never prepare a step while the device is at the one before. Here
     each process is asked too, and the answer is read a batch later, when it has long been there. In Lightning's place
-    only once training begins; what else handles the signal still does.
+    only while it trains, and for this one signal; what else handles it still does.
     """
     loop, connector = trainer.fit_loop.epoch_loop, trainer._signal_connector
     if trainer.world_size == 1 or not hasattr(loop, "_broadcast_sigterm_tensor"):
         return
-    signalled, device = threading.Event(), trainer.strategy.root_device
-    answer: Tensor | None = None
-    arrived = torch.cuda.Event() if device.type == "cuda" else None
+    signalled, device = trainer.received_sigterm, trainer.strategy.root_device
+    answer: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def ask() -> None:
         nonlocal answer
-        if answer is not None:
-            if arrived is not None:
-                arrived.synchronize()
-            if answer.item():
-                raise SIGTERMException
-        flag = torch.full((1,), float(signalled.is_set()), device=device)
+        flag = torch.full((1,), float(signalled), device=device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        answer = flag.to("cpu", non_blocking=True)
+        before, answer = answer, (flag.to("cpu", non_blocking=True), torch.cuda.Event() if flag.is_cuda else None)
+        if answer[1] is not None:
+            answer[1].record()
+        told, arrived = before or answer  # the first time there is nothing else to wait for
         if arrived is not None:
-            arrived.record()
-
-    loop._broadcast_sigterm_tensor = ask
+            arrived.synchronize()
+        if told.item():
+            connector.received_sigterm = True  # as callbacks know it
+            raise SIGTERMException
 
     def flag_it(signum: int, frame: Any) -> None:
-        signalled.set()
+        nonlocal signalled
+        signalled = True
+        if not trainer.training:
+            connector._sigterm_notifier_fn(signum, frame)
 
+    loop._broadcast_sigterm_tensor = ask
     # Lightning's own handler broadcasts, which only its own question could receive.
     handlers = getattr(signal.getsignal(signal.SIGTERM), "signal_handlers", [])
     handlers[:] = [flag_it if h == connector._sigterm_notifier_fn else h for h in handlers]

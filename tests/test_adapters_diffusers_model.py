@@ -113,6 +113,17 @@ def test_dit_denoiser_and_labels(dit, tmp_path):
     dit.float()
 
 
+def test_flow_transformer_with_a_time_of_its_own_is_refused(tmp_path):
+    """Flux multiplies the time by 1000 itself, so the scheduler's steps would be a thousand times too large."""
+    flux = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    folder = save(tmp_path, flux, diffusers.FlowMatchEulerDiscreteScheduler(), "transformer")
+    with pytest.raises(ValueError, match=r"FluxTransformer2DModel.*FlowMatching\(time_scale"):
+        load_diffusers(folder, sigma_data=1.0)
+
+
 @pytest.mark.parametrize("sigma_data", [1.0, 0.5])
 def test_flow_transformer_denoiser(sd3, tmp_path, text, sigma_data):
     """x_0 = x - s u with the text's embeddings passed through, at a shifted scheduler's own times 1000 s."""
@@ -381,6 +392,9 @@ def test_folders_that_cannot_be_used_are_refused(unet, tmp_path):
     diffusers.EDMEulerScheduler(sigma_data=0.7).save_pretrained(tmp_path / "scheduler")
     with pytest.raises(ValueError, match=r"sigma_data=0\.7, and sigma_data=0\.5 was given"):
         load_diffusers(str(tmp_path), 0.5)
+    continuous = diffusers.EulerDiscreteScheduler(timestep_type="continuous")
+    with pytest.raises(ValueError, match=r"EulerDiscreteScheduler.*no adapter knows"):
+        load_diffusers(save(tmp_path / "continuous", unet, continuous), 0.5)
     diffusers.ScoreSdeVeScheduler().save_pretrained(tmp_path / "scheduler")
     with pytest.raises(ValueError, match=r"ScoreSdeVeScheduler.*no adapter knows"):
         load_diffusers(str(tmp_path), 0.5)

@@ -34,7 +34,7 @@ def edm_state():
         value = noise(*(p.t() if name == "label_embedding.weight" else p).shape, seed=i)
         value = 1 + 0.3 * value if p.ndim == 1 else value * p[0].numel() ** -0.5
         state["model." + ".".join(names.get(part, part) for part in name.split("."))] = value
-    return state
+    return state | {"model.map_label.bias": noise(16, seed=99)}  # in their order, sines first
 
 
 def edm_network(state, x, c_noise, label):
@@ -69,7 +69,7 @@ def edm_network(state, x, c_noise, label):
     freqs = (1 / 10_000) ** (torch.arange(8, dtype=x.dtype) / 7)
     angles = c_noise[:, None] * freqs
     emb = torch.cat([angles.sin(), angles.cos()], 1)
-    emb = emb + nnF.linear(nnF.one_hot(label, 4).to(x) * math.sqrt(4), w["map_label.weight"])
+    emb = emb + nnF.linear(nnF.one_hot(label, 4).to(x) * math.sqrt(4), w["map_label.weight"], w["map_label.bias"])
     for layer in ("map_layer0", "map_layer1"):
         emb = nnF.silu(nnF.linear(emb, w[f"{layer}.weight"], w[f"{layer}.bias"]))
     skips = [conv(x, "enc.16x16_conv")]
@@ -217,6 +217,12 @@ def test_what_is_not_a_published_network_is_refused(edm_state, tmp_path):
         load_edm(DDPMpp(**SMALL), path)
     with pytest.raises(ValueError, match="size of the published one"):
         load_edm(DDPMpp(**SMALL | {"channels": 32}, double_norm=False), path)
+    for change, place in (({"num_classes": 0}, "map_label"), ({"attention_resolutions": ()}, "qkv|norm2|proj")):
+        with pytest.raises(ValueError, match=f"has .*({place}).*no place"):
+            load_edm(DDPMpp(**SMALL | change, double_norm=False), path)
+    torch.save(edm2_state(), path)
+    with pytest.raises(ValueError, match=r"has emb_label.*no place"):
+        load_edm2(EDM2(**SMALL | {"num_classes": 0}, head_channels=8, double_norm=False), path)
     state = edm2_state()
     del state["unet.emb_fourier.freqs"]
     torch.save(state, path)

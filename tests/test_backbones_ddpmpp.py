@@ -106,6 +106,8 @@ def published(network, prefix="model."):
     for name, p in network.named_parameters():
         name = prefix + ".".join(names.get(part, part) for part in name.split("."))
         state[name] = torch.randn(p.t().shape if "map_label" in name else p.shape) * 0.2
+    if network.num_classes:
+        state[f"{prefix}map_label.bias"] = torch.randn(network.map_layer0.weight.shape[1])
     state[f"{prefix}enc.8x8_down.conv0.resample_filter"] = torch.ones(1, 1, 2, 2) / 4
     return state
 
@@ -158,12 +160,11 @@ def test_load_edm(prefix):
     t, label, augment = torch.rand(2), torch.tensor([3, 0]), torch.randn(2, 9)
     features = network.time_embedding(t)
     theirs = torch.cat([features[:, 8:], features[:, :8]], 1)
-    theirs = theirs + nnF.linear(nnF.one_hot(label, 4) * math.sqrt(4), edm["map_label.weight"])
+    theirs = theirs + nnF.linear(nnF.one_hot(label, 4) * math.sqrt(4), edm["map_label.weight"], edm["map_label.bias"])
     theirs = theirs + nnF.linear(augment, edm["map_augment.weight"])
     ours = features + network.label_embedding(label) + network.augment_embedding(augment)
-    torch.testing.assert_close(
-        nnF.linear(ours, network.map_layer0.weight), nnF.linear(theirs, edm["map_layer0.weight"])
-    )
+    theirs = nnF.linear(theirs, edm["map_layer0.weight"], edm["map_layer0.bias"])
+    torch.testing.assert_close(network.map_layer0(ours), theirs)
 
     # The velocity has the other sign.
     x = torch.randn(2, 16, 8, 8)

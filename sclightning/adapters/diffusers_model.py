@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from sclightning.adapters.operators import enable_forward_ad
 from sclightning.adapters.process import EDM, FlowMatching, VariancePreserving
@@ -18,6 +19,9 @@ from sclightning.adapters.weights import provenance, read_state_dict
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
 PARTS = ("unet", "transformer")
+
+FLOW_MODELS = ("DiTTransformer2DModel", "SD3Transformer2DModel", "UNet2DConditionModel", "UNet2DModel")
+"""Networks that are shown the scheduler's steps, 0 to 1000, as they are."""
 
 
 class DiffusersNetwork(nn.Module):
@@ -74,7 +78,7 @@ class DiffusersNetwork(nn.Module):
                 f"{type(self.model).__name__} was made without labels (num_class_embeds), but labels were given; use "
                 "data without."
             )
-        conditions = {k: v.to(x.dtype) if v.is_floating_point() else v for k, v in conditions.items()}
+        conditions = tree_map_only(Tensor, lambda v: v.to(x.dtype) if v.is_floating_point() else v, conditions)
         return self.model(x, timestep=time, **conditions, return_dict=False)[0][:, : x.shape[1]]
 
     def _conditions(self, x: Tensor, label: Tensor | Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -138,6 +142,11 @@ def load_diffusers(
         root = path.parent if path.name in PARTS else path
         source = provenance(files, root.resolve().name, licence or _licence(root)) | {"source": str(root)}
     process, prediction = _process(diffusers, folder["scheduler"], sigma_data, time_scale)
+    if isinstance(process, FlowMatching) and folder["model"]["_class_name"] not in FLOW_MODELS:
+        raise ValueError(
+            f"How a {folder['model']['_class_name']} takes the time of flow matching is not known here (some multiply "
+            "it by 1000 themselves); wrap it in sclightning.adapters.VelocityAdapter with FlowMatching(time_scale=…)."
+        )
     if model.config.get("time_embedding_type") == "learned":
         raise ValueError(
             f"This {type(model).__name__} looks its time up in a table (time_embedding_type: learned), which has no "
@@ -204,7 +213,8 @@ def _process(diffusers, config: dict, sigma_data: float, time_scale: float) -> t
                 "was given; give the scheduler's."
             )
         return EDM(time_scale), "edm" if kind == "epsilon" else "trigflow"
-    if not hasattr(scheduler, "alphas_cumprod") or kind not in PREDICTIONS:
+    continuous = config.get("timestep_type") == "continuous"  # shown as log(sigma)/4, not as a step
+    if continuous or not hasattr(scheduler, "alphas_cumprod") or kind not in PREDICTIONS:
         raise ValueError(
             f"The scheduler is a {name} with prediction_type {kind}, which no adapter knows; wrap the "
             "network in sclightning.adapters.VelocityAdapter with a process of yours."

@@ -53,7 +53,7 @@ def load_edm(
     """
     if weights is None:
         return VelocityAdapter(network, EDM(), "trigflow", sigma_data)
-    _fill(network, network.load_edm(read_state_dict(weights)), set())
+    _fill(network, network.load_edm(read_state_dict(weights), exact=True), set())
     return VelocityAdapter(network, EDM(), "trigflow", sigma_data, provenance([weights], name, licence))
 
 
@@ -77,7 +77,7 @@ def load_edm2(
         network.time_embedding = FourierEmbedding(*torch.zeros(2, network.time_linear.weight.shape[1]))
         return VelocityAdapter(network, EDM(), "trigflow", sigma_data)
     state = {key.removeprefix("unet."): value for key, value in read_state_dict(weights).items()}
-    _fill(network, network.load_edm2(state), {"time_linear.weight"})
+    _fill(network, network.load_edm2(state, exact=True), {"time_linear.weight"})
     missing = {"emb_noise.weight", "emb_fourier.freqs", "emb_fourier.phases"} - state.keys()
     if missing or state["emb_noise.weight"].shape != network.time_linear.weight.shape:
         raise ValueError(f"{weights} has no time embedding of EDM2's; save the whole state dict, buffers included.")

@@ -176,7 +176,7 @@ class DDPMpp(nn.Module):
         x = self.out_conv(nnF.silu(self.out_norm(x)))
         return x if self.input_gain is None else x + self.input_gain(emb)[..., None, None] * noisy
 
-    def load_edm(self, state_dict: Mapping[str, Tensor]) -> list[str]:
+    def load_edm(self, state_dict: Mapping[str, Tensor], exact: bool = False) -> list[str]:
         """Load the weights of a published EDM network of DDPM++ architecture, for a warm start.
 
         EDM's velocity has the opposite sign (App. B): the last convolution is negated. EDM's network was shown
@@ -185,12 +185,13 @@ class DDPMpp(nn.Module):
 
         Args:
             state_dict: Parameters named as in the published networks, with or without the prefix ``model.``.
+            exact: Whether weights that this network has no place for are refused, those of the augmentation apart.
 
         Returns:
             Names of this network's parameters that kept their initialisation.
 
         Raises:
-            ValueError: If a weight is missing or of another shape, as for a network of another size.
+            ValueError: If a weight is missing or of another shape, as for a network of another size, or has no place.
         """
 
         def rename(name: str) -> str | None:
@@ -217,7 +218,10 @@ class DDPMpp(nn.Module):
             return value
 
         source = {name.removeprefix("model."): value for name, value in state_dict.items()}
-        return load_renamed(self, source, rename, convert)
+        if "map_label.bias" in source:  # theirs is added to every embedding, labelled or not
+            shift = source["map_layer0.weight"] @ source.pop("map_label.bias")
+            source["map_layer0.bias"] = source["map_layer0.bias"] + shift
+        return load_renamed(self, source, rename, convert, ("*.resample_filter", "map_augment.*") if exact else None)
 
 
 _PUBLISHED = {

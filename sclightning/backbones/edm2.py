@@ -182,7 +182,7 @@ class EDM2(nn.Module):
             if isinstance(module, MPWeight):
                 module.normalize_weight()
 
-    def load_edm2(self, state_dict: Mapping[str, Tensor]) -> list[str]:
+    def load_edm2(self, state_dict: Mapping[str, Tensor], exact: bool = False) -> list[str]:
         """Load the weights of a published EDM2 network of the same size, for a warm start.
 
         EDM2's velocity has the opposite sign (Sec. 3, App. B): the output gain is negated. Its logarithmic noise levels
@@ -191,12 +191,13 @@ class EDM2(nn.Module):
 
         Args:
             state_dict: Parameters named as in the published networks, with or without the prefix ``unet.``.
+            exact: Whether weights that this network has no place for are refused, those of time and uncertainty apart.
 
         Returns:
             Names of this network's parameters that kept their initialisation.
 
         Raises:
-            ValueError: If a weight is missing or of another shape, as for a network of another size.
+            ValueError: If a weight is missing or of another shape, as for a network of another size, or has no place.
         """
         fresh = {"time_linear", "guidance_linear", "guidance_gain", "segment_embedding"}
         if self.double_norm:
@@ -211,7 +212,8 @@ class EDM2(nn.Module):
             return -value if name == "out_gain" else value
 
         source = {name.removeprefix("unet."): value for name, value in state_dict.items()}
-        kept = load_renamed(self, source, rename, convert)
+        spare = ("*.resample_filter", "logvar_*", "emb_fourier.*", "emb_noise.*")
+        kept = load_renamed(self, source, rename, convert, spare if exact else None)
         self.normalize_weights()
         return kept
 

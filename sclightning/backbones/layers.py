@@ -1,8 +1,9 @@
 """Layers of the networks, each safe under forward-mode AD, eager and compiled (Sec. 4.1)."""
 
+import fnmatch
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -75,7 +76,8 @@ def group_norm(x: Tensor, groups: int, eps: float, weight: Tensor | None = None,
     """Group normalisation of (B, C, ...), in float32 or wider, with affine part (C,) or (B, C).
 
     All that a channel needs comes to two numbers, a factor and a shift; forward, backward and tangent then look at the
-    images once for their sums, which is one kernel when compiled, and once to apply them.
+    images once for their sums, which is one kernel when compiled, and once to apply them. The price is a difference of
+    squares: where a channel's mean is 30 times its spread it is exact to 2e-5, at 300 times to 3e-3.
     """
     positions, wide = tuple(range(2, x.ndim)), x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -241,22 +243,24 @@ def load_renamed(
     state_dict: Mapping[str, Tensor],
     rename: Callable[[str], str | None],
     convert: Callable[[str, Tensor], Tensor],
+    spare: Sequence[str] | None = None,
 ) -> list[str]:
-    """Copy weights that go by other names; what ``state_dict`` has beyond them is ignored.
+    """Copy weights that go by other names.
 
     Args:
         network: Network to fill.
         state_dict: Tensors by their names.
         rename: Maps a parameter's name to the one in ``state_dict``, or to None where it has no counterpart.
         convert: Maps (parameter's name, tensor) to the tensor in the network's layout.
+        spare: Patterns of names in ``state_dict`` that need no place in the network; if not given, none needs one.
 
     Returns:
         Names of the parameters without counterpart, which stay as they are.
 
     Raises:
-        ValueError: If a tensor is missing or of another shape; nothing is copied then.
+        ValueError: If a tensor is missing, of another shape or without a place; nothing is copied then.
     """
-    tensors, kept = {}, []
+    tensors, kept, left = {}, [], dict.fromkeys(state_dict)
     for name, parameter in network.named_parameters():
         theirs = rename(name)
         if theirs is None:
@@ -268,11 +272,18 @@ def load_renamed(
             )
         else:
             tensors[name] = convert(name, state_dict[theirs].detach())
+            left.pop(theirs)
             if tensors[name].shape != parameter.shape:
                 raise ValueError(
                     f"{theirs} gives a shape of {tuple(tensors[name].shape)} for {name}, expected "
                     f"{tuple(parameter.shape)}; make the network with the size of the published one."
                 )
+    left = [name for name in left if not any(fnmatch.fnmatch(name, pattern) for pattern in spare or "*")]
+    if left:
+        raise ValueError(
+            f"The state dict has {left[0]}, for which the network has no place; make it with double_norm: false and "
+            "the conditions and attention_resolutions of the published one."
+        )
     network.load_state_dict(tensors, strict=False)
     return kept
 
