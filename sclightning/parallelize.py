@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -93,6 +92,8 @@ def stop_together(trainer: "L.Trainer") -> None:
     each process is asked too, and the answer is read a batch later, when it has long been there. In Lightning's place
     only while it trains, and for this one signal; what else handles it still does.
     """
+    from lightning.pytorch.utilities.exceptions import SIGTERMException  # networks import this file without Lightning
+
     loop, connector = trainer.fit_loop.epoch_loop, trainer._signal_connector
     if trainer.world_size == 1 or not hasattr(loop, "_broadcast_sigterm_tensor"):
         return

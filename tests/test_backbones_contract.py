@@ -1,5 +1,8 @@
 """What both networks promise: F = net(x, t, label, guidance), its tangent, its errors."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -228,3 +231,10 @@ def test_channels_last(make):
     expected = network(x, t, label)
     network.to(memory_format=torch.channels_last)
     torch.testing.assert_close(network(x.to(memory_format=torch.channels_last), t, label), expected)
+
+
+def test_mathematics_and_networks_do_without_lightning():
+    """Whoever trains in a loop of their own need not install it."""
+    code = "import sys; import sclightning.backbones, sclightning.objective, sclightning.ops, sclightning.sampling; "
+    code += "assert not {'lightning', 'lightning.pytorch', 'torchmetrics', 'jsonargparse'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
