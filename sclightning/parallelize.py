@@ -56,7 +56,7 @@ def checkpoint_blocks(network: nn.Module) -> None:
 
 def _recompute(forward: Callable, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)  # nothing to save, and forward-mode AD would not survive
+        return forward(*args, **kwargs)  # nothing to save
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 

@@ -115,4 +115,6 @@ def test_parameters_are_a_function_of_seed_and_position():
     """The same for a position whatever batch it comes in, another for another seed or position."""
     whole = draw_parameters(3, range(10), 1.0)
     assert torch.equal(draw_parameters(3, range(4, 10, 2), 1.0), whole[4:10:2])
+    rng = np.random.default_rng(np.random.SeedSequence(3, spawn_key=(1, 7)))  # (2, position) is that of latents' noise
+    assert whole[7, 0] == rng.integers(0, 2, 2)[0] and whole[7, 2] == pytest.approx(rng.standard_normal(4)[0], rel=1e-6)
     assert not (whole[0] == whole[1])[2:].any() and not (draw_parameters(4, [0], 1.0)[0] == whole[0])[2:].any()

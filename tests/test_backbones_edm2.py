@@ -74,6 +74,14 @@ def test_embedding_has_unit_magnitude_before_its_nonlinearity():
         assert emb.square().mean().sqrt().item() == pytest.approx(float(expected), abs=0.1)
 
 
+def test_guidance_is_shown_with_unit_magnitude():
+    """The features of the guidance scale, as the linear layer behind them gets them."""
+    network, seen = EDM2(**SMALL | {"channels": 64}, guidance=True), []
+    network.guidance_linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    network._embed(torch.rand(64), None, 1 + torch.rand(64))
+    assert seen[0].square().mean().item() == pytest.approx(1, abs=1e-4)
+
+
 def test_modulation_is_the_double_norm_of_the_paper():
     """norm(x) * pnorm(s) (+ pnorm(b)), by an independent computation of one block."""
     for shift in (False, True):

@@ -30,6 +30,20 @@ def test_network_from_its_description():
         build_backbone({"class_path": "collections.OrderedDict"})
 
 
+class Unpickled:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return print, ("code has run",)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
+    torch.save({"state_dict": {}, "x": Unpickled()}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="no checkpoint, or a damaged one"):
+        read_checkpoint(str(tmp_path / "x.ckpt"))
+    assert "code has run" not in capsys.readouterr().out
+
+
 def test_missing_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*x\.ckpt; give --ckpt_path"):
         read_checkpoint(str(tmp_path / "x.ckpt"))

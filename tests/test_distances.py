@@ -143,6 +143,19 @@ def test_frechet_distance_is_torch_fidelitys_to_1e8():
     assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-8)
 
 
+def test_features_are_exact_and_repeat():
+    """The default of cuDNN would round to ten bits, and choose algorithms that add up in any order."""
+    seen = set()
+
+    class Looking(Projection):
+        def forward(self, images):
+            seen.add((torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic))
+            return super().forward(images)
+
+    distances(Measure(Looking()), make_images(100, 3))
+    assert seen == {(False, True)}
+
+
 def test_injected_statistics_are_accumulated_ones():
     """Mean and covariance from the cache give what torchmetrics gives when it sees the images."""
     fake = make_images(300, 3, shift=15)

@@ -530,6 +530,9 @@ def test_wrong_sigma_data_is_refused(make_net, quiet, tmp_path):
     with pytest.raises(ValueError, match=r"sigma_data=0\.5.* to 0\.751") as error:
         fit(ConsistencyTraining(make_net()), quiet, tmp_path)
     assert sentence(error)
+    with pytest.raises(ValueError, match="standard deviation of 0"):
+        fit(ConsistencyTraining(make_net(), sigma_data=0.69), quiet, tmp_path)  # by 9 %
+    fit(ConsistencyTraining(make_net(), sigma_data=0.73), quiet, tmp_path)  # by 3 %
 
 
 def test_sampling_needs_no_images(make_net, quiet, tmp_path):

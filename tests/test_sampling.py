@@ -86,6 +86,8 @@ def test_noise_does_not_depend_on_the_batch():
     assert torch.equal(sample_noise([6, 1], (2, 3, 3), draws=2, seed=4), noise[:, [6, 1]])
     for i in range(8):
         assert torch.equal(sample_noise([i], (2, 3, 3), draws=2, seed=4)[:, 0], noise[:, i])
+    philox = np.random.Generator(np.random.Philox(key=[4, 3]))  # another key would change every sample ever made
+    assert np.array_equal(noise[:, 3].numpy(), philox.standard_normal((2, 2, 3, 3), np.float32))
     assert torch.equal(sample_noise(np.arange(8), (2, 3, 3), draws=1, seed=4)[0], noise[0])
 
 

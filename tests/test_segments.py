@@ -151,11 +151,11 @@ def test_one_segment_is_scd_to_the_last_bit(make_net, images):
     assert one.nfe == 1
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_step_by_hand(make_net, images, guided):
+@pytest.mark.parametrize(("guided", "normalization"), [(False, "l2"), (True, "l2"), (False, "clip")])
+def test_step_by_hand(make_net, images, guided, normalization):
     """Algorithm 1 with u in place of t around the network."""
     teacher, net = make_net(seed=5), make_net(guidance=guided, segments=3)
-    options = {"guidance_range": (1.0, 2.0)} if guided else {}
+    options = {"normalization": normalization} | ({"guidance_range": (1.0, 2.0)} if guided else {})
     module = MultistepConsistencyDistillation(net, segments=3, teacher=teacher, sigma_data=SD, **options)
     with module.draw(images, 0) as (x_0, z, t, label, scale):
         x_t = t.cos()[:, None, None, None] * x_0 + t.sin()[:, None, None, None] * z
@@ -166,7 +166,12 @@ def test_step_by_hand(make_net, images, guided):
     told = [label] if scale is None else [label, scale]
     F, dF = torch.func.jvp(lambda x, t: net(x, t, *told), (x_t / SD, t), (dx_t / SD, torch.ones(8)))
     g = -(cos**2) * (SD * F - dx_t) - cos * sin * (x_t + SD * dF)
-    g = (g / (g.square().sum((1, 2, 3), keepdim=True).sqrt() + 0.1)).detach()
+    if normalization == "l2":
+        g = g / (g.square().sum((1, 2, 3), keepdim=True).sqrt() + 0.1)
+    else:
+        assert (g.abs() > cos).any()
+        g = g.clamp(-cos, cos)
+    g = g.detach()
     wanted = (F - F.detach() - g).square().mean()
     parameters = [p for p in module.parameters() if p.requires_grad]
     found = step(module, images)

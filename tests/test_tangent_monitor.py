@@ -1,5 +1,6 @@
 """The tangent by time and term: the numbers in TensorBoard's file are those of the step, which is none the wiser."""
 
+import csv
 import math
 import re
 
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from sclightning.callbacks import GradientNorm, TangentMonitor, TangentWarmup
+from sclightning.callbacks import tangent_monitor as monitor
 from sclightning.callbacks.tangent_monitor import TERMS, tangent_norms
 from sclightning.data import DigitsDataModule
 from sclightning.modules import ConsistencyDistillation, ConsistencyTraining, TrigFlowDiffusion
@@ -204,6 +206,21 @@ def test_samples_that_are_not_finite_are_left_out(make_net, quiet, tmp_path, bat
     module.eval()
     t, norms = tangent_norms(module, batch[0], 0)
     assert torch.equal(norms.isfinite().all(1), t >= 0.4) and 0 < (t < 0.4).sum() < 8
+
+
+def test_a_bin_is_the_mean_of_its_finite_samples(make_net, quiet, tmp_path, monkeypatch):
+    """A sample of which one norm is not finite counts for none of them."""
+    norms = torch.arange(8.0)[:, None] + torch.arange(float(len(TERMS)))
+    norms[2, 1] = torch.nan
+    monkeypatch.setattr(monitor, "tangent_norms", lambda *_: (torch.full((8,), 0.5), norms))
+    module = ConsistencyTraining(make_net(), sigma_data=SD)
+    options = {**quiet, "logger": CSVLogger(tmp_path, "", ""), "max_steps": 1, "default_root_dir": tmp_path}
+    L.Trainer(**options, callbacks=[TangentMonitor(1, bins=1)]).fit(module, datamodule=DigitsDataModule(batch_size=8))
+    with (tmp_path / "metrics.csv").open() as file:
+        (row,) = [row for row in csv.DictReader(file) if row["tangent/norm/t0.00-1.57"]]
+    kept = torch.cat([norms[:2], norms[3:]]).mean(0)
+    for term, mean in zip(TERMS, kept.tolist(), strict=True):
+        assert float(row[f"tangent/{term}/t0.00-1.57"]) == pytest.approx(mean)
 
 
 def test_bad_arguments_and_modules_are_refused(make_plain_net, quiet, tmp_path):
