@@ -180,15 +180,15 @@ TRIALS = {kind: threading.Lock() for kind in KINDS}
 def steps_of(kind: str, folder: Path, args: argparse.Namespace, run: Callable) -> int:
     """Optimizer steps that fit the seconds of a budget, by a trial of the first few hundred: one for all seeds.
 
-    While a seed's teacher is trained, its students are tried with the teacher of the teacher's trial.
+    Students are tried with the teacher of the teacher's trial, since that of the seed may be in training meanwhile.
     """
-    trial, teacher = args.folder / "pace", Path(args.teacher or folder / "teacher/last.ckpt")
-    teacher = str(teacher if args.teacher or teacher.exists() else trial / "teacher/last.ckpt")
+    trial = args.folder / "pace"
+    tried = trial if (trial / "teacher.json").exists() else folder
+    teacher = args.teacher or str(tried / "teacher/last.ckpt")
     found, tiny = trial / f"{kind}.json", args.budget == "tiny"
     with TRIALS[kind]:
         if not found.exists():
             shutil.rmtree(trial / kind, ignore_errors=True)  # it was interrupted
-            (trial / f"{kind}.yaml").unlink(missing_ok=True)
             config = config_of(kind, trial, SEARCH_SEED, 12 if tiny else 600, tiny, teacher)
             config["trainer"]["callbacks"][-1]["init_args"]["every_n_train_steps"] *= 4  # after the time is taken
             write(config, trial / f"{kind}.yaml")

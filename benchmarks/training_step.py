@@ -550,11 +550,12 @@ def main() -> None:
         found_in_turn = together(chunk, args, deadline) if args.jobs > 1 else (tried(*job, args) for job in chunk)
         for (name, part, kind), found in zip(chunk, found_in_turn, strict=True):
             make, batch = (TINY if args.tiny else NETWORKS)[name]
+            batch = args.batch or batch
             network = results["networks"].setdefault(name, {})
-            network |= {"batch": args.batch or batch, "forward_gflop": forward_gflop(make)}
+            network |= {"batch": batch, "forward_gflop": forward_gflop(make)}
             if part == "compiled":  # whose fractions of it are reported
                 network["ceiling_tflop_s"] = ceiling
-            network.setdefault(part + suffix, {})[kind] = found | {"batch": args.batch or batch, "commit": commit()}
+            network.setdefault(part + suffix, {})[kind] = found | {"batch": batch, "commit": commit()}
             summary(results, name, args.devices)
             args.out.write_text(json.dumps(results, indent=2) + "\n")
             print(name, part + suffix, kind, json.dumps({k: v for k, v in found.items() if k != "kernels"}), flush=True)

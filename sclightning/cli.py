@@ -94,9 +94,8 @@ class SCLightningCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Say so if the end of the run will not be in its last checkpoint: Lightning saves at multiples only."""
-        steps, intervals = self.trainer.max_steps, []
-        for callback in self.trainer.checkpoint_callbacks:
-            intervals.append(getattr(callback, "_every_n_train_steps", 0))
+        steps, callbacks = self.trainer.max_steps, self.trainer.checkpoint_callbacks
+        intervals = [getattr(callback, "_every_n_train_steps", 0) for callback in callbacks]
         if steps > 0 and intervals and all(every and steps % every for every in intervals):
             last = max(steps // every * every for every in intervals)
             rank_zero_warn(

@@ -31,6 +31,13 @@ def randomize(network: nn.Module, seed: int = 0) -> nn.Module:
     return network
 
 
+class Unpickled:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return print, ("code has run",)
+
+
 class PlainNet(nn.Module):
     """A network that is not ours: ``F = net(x, t)``, no labels, two small layers."""
 

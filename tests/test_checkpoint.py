@@ -4,7 +4,7 @@ from argparse import ArgumentError
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, Unpickled
 
 from sclightning.backbones import DDPMpp
 from sclightning.checkpoint import backbone_weights, build_backbone, read_checkpoint
@@ -28,13 +28,6 @@ def test_network_from_its_description():
     assert type(network) is DDPMpp and network.out_conv.in_channels == 16
     with pytest.raises(ArgumentError, match="does not correspond to a subclass of Module"):
         build_backbone({"class_path": "collections.OrderedDict"})
-
-
-class Unpickled:
-    """Runs code when it is unpickled."""
-
-    def __reduce__(self):
-        return print, ("code has run",)
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys):

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -208,6 +209,25 @@ def test_two_devices_share_the_runs(tmp_path, monkeypatch):
             assert times[a][1] <= times[b][0] or times[b][1] <= times[a][0]
     assert all(times["teacher", s][1] <= times[kind, s][0] for s in range(3) for kind in ("scd", "sct"))
     assert max(times["teacher", s][0] for s in range(3)) <= min(times["sct", s][0] for s in range(3))
+
+
+def test_a_trial_that_was_cut_off_is_repeated(tmp_path):
+    """With the same teacher, that of the teacher's trial, though the seed's has written a checkpoint since."""
+    args = SimpleNamespace(folder=tmp_path, budget="sprint", teacher=None, options=[], seconds=None)
+    (tmp_path / "pace").mkdir()
+    (tmp_path / "pace/teacher.json").write_text('{"steps_per_second": 10}')
+    given = []
+
+    def run(command, _, path):
+        given.append(yaml.safe_load(path.read_text())["model"]["init_args"]["teacher_checkpoint"])
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            recipe.steps_of("scd", tmp_path / "seed0", args, run)
+        (tmp_path / "seed0/teacher").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "seed0/teacher/last.ckpt").touch()
+    assert given == [str(tmp_path / "pace/teacher/last.ckpt")] * 2
 
 
 def test_runs_of_other_settings_are_not_mixed(tmp_path):

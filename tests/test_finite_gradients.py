@@ -13,22 +13,20 @@ from sclightning.callbacks import FiniteGradients, GradientNorm
 class Exploding(L.LightningModule):
     """Two weights; the gradient of the second is not finite in the second batch."""
 
-    def __init__(self):
+    def __init__(self, fused):
         super().__init__()
+        self.fused = fused
         self.weight = nn.Parameter(torch.ones(2))
 
     def training_step(self, batch, batch_idx):
         return (self.weight * batch[0]).sum()
-
-    fused = False
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1, fused=self.fused)
 
 
 def run(*callbacks, fused=False, **options):
-    model = Exploding()
-    model.fused = fused
+    model = Exploding(fused)
     batches = torch.tensor([[1.0, 1.0], [1.0, torch.inf], [1.0, torch.nan]])
     logged = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(

@@ -15,8 +15,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 class Linear(L.LightningModule):
     """Two weights in two tensors whose gradient is the batch; one that has none."""
 
-    def __init__(self):
+    def __init__(self, fused):
         super().__init__()
+        self.fused = fused
         self.first, self.second, self.unused = (nn.Parameter(torch.ones(n)) for n in (1, 1, 3))
         self.seen = []
 
@@ -27,8 +28,6 @@ class Linear(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.seen.append(torch.cat([self.first.grad, self.second.grad]).norm().item())
 
-    fused = False
-
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1, fused=self.fused)
 
@@ -36,8 +35,7 @@ class Linear(L.LightningModule):
 def run(batches, *callbacks, fused=False, **options):
     logged = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     options = {"max_epochs": 1, "enable_model_summary": False} | options
-    trainer, model = L.Trainer(accelerator="cpu", callbacks=list(callbacks), **logged, **options), Linear()
-    model.fused = fused
+    trainer, model = L.Trainer(accelerator="cpu", callbacks=list(callbacks), **logged, **options), Linear(fused)
     trainer.fit(model, DataLoader(torch.tensor(batches)))
     return trainer.callback_metrics["gradient_norm"].item(), model.seen[-1]
 

@@ -5,6 +5,7 @@ import hashlib
 import pytest
 import torch
 import torch.nn.functional as nnF
+from conftest import Unpickled
 from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -56,13 +57,6 @@ def test_missing_inception_weights_are_refused():
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth.*weights-inception-2015-12-05-6726825d\.pth") as error:
         InceptionFeatures("nowhere.pth")
     assert "\n" not in str(error.value)
-
-
-class Unpickled:
-    """Runs code when it is unpickled."""
-
-    def __reduce__(self):
-        return print, ("code has run",)
 
 
 def test_files_that_are_no_weights_are_refused(tmp_path, inception_file, capsys):

@@ -221,7 +221,7 @@ class DDPMpp(nn.Module):
         if "map_label.bias" in source:  # theirs is added to every embedding, labelled or not
             shift = source["map_layer0.weight"] @ source.pop("map_label.bias")
             source["map_layer0.bias"] = source["map_layer0.bias"] + shift
-        return load_renamed(self, source, rename, convert, ("*.resample_filter", "map_augment.*") if exact else None)
+        return load_renamed(self, source, rename, convert, ("*.resample_filter", "map_augment.*") if exact else ("*",))
 
 
 _PUBLISHED = {

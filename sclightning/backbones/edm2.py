@@ -213,7 +213,7 @@ class EDM2(nn.Module):
 
         source = {name.removeprefix("unet."): value for name, value in state_dict.items()}
         spare = ("*.resample_filter", "logvar_*", "emb_fourier.*", "emb_noise.*")
-        kept = load_renamed(self, source, rename, convert, spare if exact else None)
+        kept = load_renamed(self, source, rename, convert, spare if exact else ("*",))
         self.normalize_weights()
         return kept
 

@@ -243,7 +243,7 @@ def load_renamed(
     state_dict: Mapping[str, Tensor],
     rename: Callable[[str], str | None],
     convert: Callable[[str, Tensor], Tensor],
-    spare: Sequence[str] | None = None,
+    spare: Sequence[str] = ("*",),
 ) -> list[str]:
     """Copy weights that go by other names.
 
@@ -252,7 +252,7 @@ def load_renamed(
         state_dict: Tensors by their names.
         rename: Maps a parameter's name to the one in ``state_dict``, or to None where it has no counterpart.
         convert: Maps (parameter's name, tensor) to the tensor in the network's layout.
-        spare: Patterns of names in ``state_dict`` that need no place in the network; if not given, none needs one.
+        spare: Patterns of names in ``state_dict`` that need no place in the network, by default all.
 
     Returns:
         Names of the parameters without counterpart, which stay as they are.
@@ -260,7 +260,7 @@ def load_renamed(
     Raises:
         ValueError: If a tensor is missing, of another shape or without a place; nothing is copied then.
     """
-    tensors, kept, left = {}, [], dict.fromkeys(state_dict)
+    tensors, kept, left = {}, [], set(state_dict)
     for name, parameter in network.named_parameters():
         theirs = rename(name)
         if theirs is None:
@@ -272,17 +272,17 @@ def load_renamed(
             )
         else:
             tensors[name] = convert(name, state_dict[theirs].detach())
-            left.pop(theirs)
+            left.discard(theirs)
             if tensors[name].shape != parameter.shape:
                 raise ValueError(
                     f"{theirs} gives a shape of {tuple(tensors[name].shape)} for {name}, expected "
                     f"{tuple(parameter.shape)}; make the network with the size of the published one."
                 )
-    left = [name for name in left if not any(fnmatch.fnmatch(name, pattern) for pattern in spare or "*")]
-    if left:
+    homeless = sorted(name for name in left if not any(fnmatch.fnmatch(name, pattern) for pattern in spare))
+    if homeless:
         raise ValueError(
-            f"The state dict has {left[0]}, for which the network has no place; make it with double_norm: false and "
-            "the conditions and attention_resolutions of the published one."
+            f"The state dict has {homeless[0]}, for which the network has no place; make it with double_norm: false "
+            "and the conditions and attention_resolutions of the published one."
         )
     network.load_state_dict(tensors, strict=False)
     return kept

@@ -110,7 +110,9 @@ class TrigFlowModule(L.LightningModule):
             ValueError: If the data module's standard deviation is not this module's, or it augments images and the
                 network is not told.
         """
-        measured = getattr(self.trainer.datamodule, "sigma_data", None) if stage == "fit" else None
+        if stage != "fit":
+            return
+        measured = getattr(self.trainer.datamodule, "sigma_data", None)
         if measured is not None and abs(measured / self.sigma_data - 1) > 0.05:
             raise ValueError(
                 f"The training images have a standard deviation of {measured:.3f}, the model was given "
@@ -118,7 +120,7 @@ class TrigFlowModule(L.LightningModule):
             )
         augment_dim = getattr(self.trainer.datamodule, "augment_dim", 0)
         told = getattr(self.backbone, "augment_dim", 0) if self.takes_augment else 0
-        if stage == "fit" and augment_dim not in (0, told):
+        if augment_dim not in (0, told):
             raise ValueError(
                 f"The data is augmented, of which {type(self).__name__} does not tell its network; set "
                 f"data.init_args.augment to 0, or give a TrigFlowDiffusion a backbone with augment_dim: {augment_dim}."
