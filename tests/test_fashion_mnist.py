@@ -46,7 +46,7 @@ def test_config(kind):
     assert (model.backbone.in_channels, model.backbone.resolution, model.backbone.resolution) == (1, 32, 32)
     assert model.backbone.num_classes == cli.datamodule.num_classes == 10
     assert cli.datamodule.hparams.batch_size == 512 and model.channels_last
-    assert (cli.datamodule.black, model.sigma_data) == (-1.125, 0.715) and model.backbone.input_gain is not None
+    assert (cli.datamodule.black, model.sigma_data) == (-1.125, 0.715)
     assert model.compile_options == {"mode": "reduce-overhead"}
     # Other optimizers make the host wait for the loss scaler's look at the gradients.
     text = yaml.safe_load(path.read_text())
@@ -65,9 +65,9 @@ def test_config(kind):
     if kind == "teacher":
         assert model.nfe == 35
     else:
-        assert (model.P_mean, model.P_std, model.normalization, model.c) == (-1.0, 1.6, "rms", 5.0)
-        assert init.optimizer.init_args.lr == 4e-4
-        assert model.times == pytest.approx([math.atan(160), 1.2], abs=1e-4)
+        assert (model.P_mean, model.P_std, model.normalization, model.c) == (-1.0, 1.6, "rms", 0.1)
+        assert init.optimizer.init_args.lr == 2e-4
+        assert model.times == pytest.approx([math.atan(160), 1.1], abs=1e-4)
         assert callbacks[TangentWarmup.__name__].steps == 300
         assert model.teacher_checkpoint == "runs/fashion_mnist/teacher/last.ckpt"
 
