@@ -450,11 +450,13 @@ def submit(pool: ThreadPoolExecutor, args: argparse.Namespace) -> dict[int, list
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(args.devices)]
     devices: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    turn = threading.Lock()
     for name in names[: args.devices] if args.devices > 1 else [None]:
         devices.put(name)
 
     def on_device(task: Callable[[Callable], Any]) -> Any:
-        device = devices.get()
+        with turn:  # or a student may take the device for which a teacher waits
+            device = devices.get()
         try:
             return task(sclightning if device is None else functools.partial(sclightning, device=device))
         finally:
