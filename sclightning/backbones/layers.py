@@ -14,6 +14,10 @@ from sclightning.ops import conv2d, linear
 from sclightning.parallelize import local
 from sclightning.segments import segment_index
 
+# Activations take numbers through these overloads: `x * 0.5` is a product of two tensors, and under forward-mode AD
+# PyTorch works out a zero tangent for the number in Python, which is most of what an eager jvp of EDM2 would cost.
+aten = torch.ops.aten
+
 
 class PositionalEmbedding(nn.Module):
     r"""Positional embedding of the time itself, with no factor 1000 in front (Sec. 4.1).
@@ -105,7 +109,8 @@ def pixel_norm(x: Tensor, eps: float = 1e-8) -> Tensor:
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
-    return x * torch.rsqrt(norm.square() / x.shape[1] + eps).to(x.dtype)
+    mean_square = aten.div.Scalar(norm.square(), x.shape[1])
+    return x * torch.rsqrt(aten.add.Scalar(mean_square, eps)).to(x.dtype)
 
 
 class LabelEmbedding(nn.Module):
@@ -323,7 +328,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 def mp_silu(x: Tensor) -> Tensor:
     r"""Magnitude-preserving SiLU, :math:`\mathrm{silu}(x)/0.596`: unit mean square for x ~ N(0, 1) (EDM2, Eq. 81)."""
-    return nnF.silu(x) / 0.596
+    return aten.div.Scalar(nnF.silu(x), 0.596)
 
 
 def mp_sum(a: Tensor, b: Tensor, weight: float) -> Tensor:
@@ -335,14 +340,14 @@ def mp_sum(a: Tensor, b: Tensor, weight: float) -> Tensor:
         weight: Share w of the branch, in [0, 1].
     """
     norm = math.hypot(1 - weight, weight)
-    return a * ((1 - weight) / norm) + b * (weight / norm)
+    return aten.mul.Scalar(a, (1 - weight) / norm) + aten.mul.Scalar(b, weight / norm)
 
 
 def mp_cat(a: Tensor, b: Tensor) -> Tensor:
     """Magnitude-preserving concatenation over dimension 1; both weigh the same whatever their width (EDM2, Eq. 103)."""
     n_a, n_b = a.shape[1], b.shape[1]
     half = math.sqrt((n_a + n_b) / 2)
-    return torch.cat([a * (half / math.sqrt(n_a)), b * (half / math.sqrt(n_b))], dim=1)
+    return torch.cat([aten.mul.Scalar(x, half / math.sqrt(n)) for x, n in ((a, n_a), (b, n_b))], dim=1)
 
 
 class MPWeight(nn.Module):
