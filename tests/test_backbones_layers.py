@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as nnF
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sclightning.backbones import layers as L
 
@@ -196,3 +197,21 @@ def test_load_renamed_copies_all_or_nothing():
     assert kept == ["1.bias"]
     assert torch.equal(network[0].weight, 2 * source["x.0.weight"])
     assert torch.equal(network[1].bias, before["1.bias"])
+
+
+@pytest.mark.parametrize(
+    "layer", [L.pixel_norm, L.mp_silu, lambda x: L.mp_sum(x, x.square(), 0.3), lambda x: L.mp_cat(x, x[:, :2])]
+)
+def test_numbers_have_no_tangents(layer):
+    """A zero tangent for a number in a product costs the host more than the product does."""
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made.append(function)
+            return function(*args, **(kwargs or {}))
+
+    x, dx = torch.randn(2, 2, 4, 3, 3)
+    with Watch():
+        torch.func.jvp(layer, (x,), (dx,))
+    assert made and torch.ops.aten._efficientzerotensor.default not in made
