@@ -102,8 +102,6 @@ def fit(
         edit: Changes what no argument of ours changes, before training and before each use.
         init_args: Arguments of the module, dots for those inside one, ``model`` for another class.
     """
-    if kind != "teacher":
-        init_args = {"c": 0.1} | init_args  # the paper's, whatever the config has
     changes = {f"model.init_args.{name.replace('__', '.')}": value for name, value in init_args.items()}
     if "model.init_args.class_path" in changes:
         changes = {"model.class_path": changes.pop("model.init_args.class_path")} | changes
