@@ -67,7 +67,7 @@ def test_config(kind):
     else:
         assert (model.P_mean, model.P_std, model.normalization, model.c) == (-1.0, 1.6, "rms", 0.1)
         assert init.optimizer.init_args.lr == 2e-4
-        assert model.times == pytest.approx([math.atan(160), 1.1], abs=1e-4)
+        assert model.times == pytest.approx([math.atan(160), 1.4], abs=1e-4)
         assert callbacks[TangentWarmup.__name__].steps == 300
         assert model.teacher_checkpoint == "runs/fashion_mnist/teacher/last.ckpt"
 
