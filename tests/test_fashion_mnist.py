@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import fashion_mnist as recipe  # noqa: E402
+import high_noise  # noqa: E402
 import search  # noqa: E402
 
 from sclightning.backbones import DDPMpp  # noqa: E402
@@ -356,3 +357,11 @@ def test_search_trains_what_it_is_told(tmp_path):
     assert sum(p.numel() for p in cli.model.backbone.parameters()) == pytest.approx(0.2e6, rel=0.1)
     callbacks = {type(callback).__name__: callback for callback in cli.trainer.callbacks}
     assert callbacks["EMA"].exponent == EMA(sigma_rel=0.05).exponent and callbacks["TangentWarmup"].steps == 10
+
+
+def test_exact_denoiser():
+    """Of two images a and -a, the mean given x_t is a tanh(cos t <a, x_t> / (sigma_d sin t)^2)."""
+    a, x_t, t = torch.tensor([1.0, -0.5, 2.0]).double(), torch.randn(4, 3).double(), 1.3
+    found = high_noise.exact(x_t, t, torch.stack([a, -a]), 0.7)
+    weight = (math.cos(t) * x_t @ a / (0.7 * math.sin(t)) ** 2).tanh()
+    torch.testing.assert_close(found, weight[:, None] * a)
