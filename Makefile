@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo fashion test lint docs cuda clean
+.PHONY: demo fashion figures test lint docs cuda clean
 
 demo: $(VENV)/installed
 	$(PYTHON) benchmarks/demo.py
@@ -13,6 +13,16 @@ DEVICES ?= 1
 
 fashion: $(VENV)/installed
 	$(PYTHON) benchmarks/fashion_mnist.py --budget $(BUDGET) --seeds $(SEEDS) --devices $(DEVICES)
+
+SCALE ?= small
+JOBS ?= 1
+FIGURES := fig4 fig5a fig5b fig5c fig6 fig7 ablations
+.PHONY: $(FIGURES)
+
+# make -j 7 makes them at the same time; they share runs.
+figures: $(FIGURES)
+$(FIGURES): $(VENV)/installed
+	$(PYTHON) benchmarks/figures/$@.py --scale $(SCALE) --seeds $(SEEDS) --jobs $(JOBS)
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile

@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +120,31 @@ def test_length_is_a_fraction_of_the_configs_steps(script, tiny, monkeypatch):
         assert warmup.steps == steps
 
 
+def surroundings(case: int, folder: Path, processes: int) -> tuple:
+    """What a process of ``each`` is told, as soon as there are so many of them."""
+    (folder / str(os.getpid())).touch()
+    while len([*folder.iterdir()]) < processes:
+        time.sleep(0.01)
+    length = importlib.import_module("common").LENGTH
+    return case, os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"], length, torch.get_num_threads()
+
+
+def test_each_runs_side_by_side_on_the_gpus_in_turn(script, tmp_path, monkeypatch):
+    """Results in order, from processes with a GPU each, the command line's length and their share of the cores."""
+    common = script("common")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    here = common.each(surroundings, [(i, tmp_path, 1) for i in range(2)])
+    assert [one[:2] for one in here] == [(i, os.getpid()) for i in range(2)]
+    monkeypatch.setattr(common, "JOBS", 2)
+    monkeypatch.setattr(common, "LENGTH", 0.5)
+    found = common.each(surroundings, [(i, tmp_path, 3) for i in range(4)])
+    assert [case for case, *_ in found] == list(range(4))
+    processes = {process: told for _, process, *told in found}
+    threads = max(1, os.cpu_count() // 2)
+    assert os.getpid() not in processes
+    assert sorted(processes.values()) == [["4", 0.5, threads], ["7", 0.5, threads]]
+
+
 def test_students_of_fig5a(script, tiny, monkeypatch):
     """Students share one teacher, each tangent has its better rate; each has a distance for both checkpoints."""
     fig5a = script("fig5a")
@@ -210,7 +237,8 @@ def test_page_says_what_was_measured(script):
 
 def test_sizes_of_figure_6_can_be_made(script):
     """In each scale's network every size has heads that divide its channels, and more parameters than the last."""
-    configs = {"small": "benchmarks/figures/small/teacher.yaml", "full": "configs/backbone/fashion_mnist.yaml"}
+    configs = {name: f"benchmarks/figures/{name}/teacher.yaml" for name in ("small", "medium")}
+    configs["full"] = "configs/backbone/fashion_mnist.yaml"
     for scale, config in configs.items():
         text = yaml.safe_load((ROOT / config).read_text())
         backbone = (text["model"]["init_args"]["backbone"] if "model" in text else text)["init_args"]

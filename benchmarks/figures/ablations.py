@@ -58,31 +58,38 @@ def two_masks(cli):
     cli.model.loss = types.MethodType(loss_of_two_masks, cli.model)
 
 
-def students(scale: str, seed: int) -> dict[str, common.Run]:
-    """The runs of a seed by ablation and setting."""
-    teacher = common.fit("teacher", scale, edit=adagn).checkpoint
-    base, dropout = common.student("scd", scale, seed, normalization="l2"), {"backbone__dropout": DROPOUT}
-    return {
-        "modulation: double norm": base,
-        "modulation: AdaGN": common.student("scd", scale, seed, adagn, normalization="l2", teacher_checkpoint=teacher),
-        "warm-up: on": base,
-        "warm-up: off": common.student("scd", scale, seed, no_warmup, normalization="l2"),
-        "dropout mask: shared": common.student("sct", scale, seed, **dropout),
-        "dropout mask: two": common.student("sct", scale, seed, two_masks, **dropout),
-    }
+EDITS = {"double norm": None, "AdaGN": adagn, "off": no_warmup, "shared": None, "two": two_masks}
+SETTINGS = {
+    "modulation: double norm": "double norm",
+    "modulation: AdaGN": "AdaGN",
+    "warm-up: on": "double norm",
+    "warm-up: off": "off",
+    "dropout mask: shared": "shared",
+    "dropout mask: two": "two",
+}
+
+
+def trained(scale: str, seed: int, name: str) -> dict:
+    """Distances of a student, and how jumpy its tangent was."""
+    init_args = {"backbone__dropout": DROPOUT} if name in ("shared", "two") else {"normalization": "l2"}
+    if name == "AdaGN":
+        init_args["teacher_checkpoint"] = common.fit("teacher", scale, edit=adagn).checkpoint
+    kind = "sct" if name in ("shared", "two") else "scd"
+    run = common.student(kind, scale, seed, EDITS[name], **init_args)
+    return {"seed": seed, **common.distances(run), "tangent_norm": common.spread(run), "run": run.record}
 
 
 def compute(scale: str, seeds: Sequence[int]) -> dict:
-    """Train and measure both settings of every ablation, and how jumpy their tangents were."""
-    result = {"settings": {}}
-    for seed in seeds:
-        for name, run in students(scale, seed).items():
-            entry = {"seed": seed, **common.distances(run), "tangent_norm": common.spread(run), "run": run.record}
-            result["settings"].setdefault(name, []).append(entry)
-    teachers = {"double norm": common.fit("teacher", scale), "AdaGN": common.fit("teacher", scale, edit=adagn)}
-    result["teachers"] = {name: common.measure(run)[0] for name, run in teachers.items()}
-    floor = common.floor(teachers["double norm"])
-    return result | {"floor": floor, "label": common.label(teachers["double norm"])}
+    """Train and measure both settings of every ablation."""
+    teacher, other = common.fit("teacher", scale), common.fit("teacher", scale, edit=adagn)
+    entries = common.each(trained, [(scale, seed, name) for seed in seeds for name in EDITS])
+    found = {name: entries[i :: len(EDITS)] for i, name in enumerate(EDITS)}
+    return {
+        "settings": {setting: found[name] for setting, name in SETTINGS.items()},
+        "teachers": {"double norm": common.measure(teacher)[0], "AdaGN": common.measure(other)[0]},
+        "floor": common.floor(teacher),
+        "label": common.label(teacher),
+    }
 
 
 def plot(result: dict, figure) -> None:

@@ -1,7 +1,7 @@
 """What the figures share: cached runs of our modules, distances in a small classifier's features, JSON and plots.
 
-A run is a config (``benchmarks/figures/small/*.yaml`` for a CPU, ``configs/fashion_mnist/*.yaml`` for a GPU) with some
-of its values changed. Its folder in runs/figures is named after all of its values, so that figures share runs, a
+A run is a config (``benchmarks/figures/{small,medium}/*.yaml`` or ``configs/fashion_mnist/*.yaml``) with some of its
+values changed. Its folder in runs/figures is named after all of its values, so that figures share runs, a
 teacher above all, and a figure that was interrupted goes on where it was.
 """
 
@@ -9,10 +9,13 @@ import argparse
 import hashlib
 import inspect
 import json
+import multiprocessing
+import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +26,7 @@ import matplotlib
 import numpy as np
 import torch
 import yaml
+from filelock import FileLock
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
@@ -41,10 +45,13 @@ import classifier  # noqa: E402
 import provenance  # noqa: E402
 
 RUNS, RESULTS, PLOTS = Path("runs/figures"), ROOT / "benchmarks/results/figures", ROOT / "docs/figures"
-CONFIGS = {"small": ROOT / "benchmarks/figures/small", "full": ROOT / "configs/fashion_mnist"}
+CONFIGS = {name: ROOT / "benchmarks/figures" / name for name in ("small", "medium")}
+CONFIGS["full"] = ROOT / "configs/fashion_mnist"
 DISTANCE = classifier.DISTANCE
 LENGTH = 1.0
 """Steps of every run as a fraction of its config's."""
+JOBS = 1
+"""Runs side by side, each in a process of its own."""
 PARTS = 4
 """Checkpoints kept of a run, evenly spaced."""
 
@@ -63,6 +70,7 @@ class SmallFashionMNIST(FashionMNISTDataModule):
 
 
 classifier.DATA[SmallFashionMNIST.name] = (SmallFashionMNIST, 4)
+torch.backends.cudnn.allow_tf32 = False  # its rounding is larger than a fine grid's steps (Fig. 5c)
 
 
 @dataclass
@@ -76,6 +84,12 @@ class Run:
     def checkpoint(self) -> str:
         """The last checkpoint, of averaged weights."""
         return str(self.folder / "last.ckpt")
+
+    @property
+    def lock(self) -> FileLock:
+        """Held by who trains or measures the run, so that figures made at the same time share it."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder.with_suffix(".lock"))
 
     @property
     def record(self) -> dict[str, Any]:
@@ -122,8 +136,9 @@ def fit(
         edit(cli)
     content = cli.parser.dump(cli.config) + (inspect.getsource(edit) if edit else "")
     run = Run(RUNS / f"{kind}_{hashlib.sha256(content.encode()).hexdigest()[:12]}", cli)
-    if not (run.folder / "record.json").is_file():
-        _train(run)
+    with run.lock:
+        if not (run.folder / "record.json").is_file():
+            _train(run)
     return run
 
 
@@ -146,6 +161,34 @@ def _train(run: Run) -> None:
     record = {"steps": steps, "images": steps * run.cli.datamodule.hparams.batch_size}
     record |= {"seconds": round(time.time() - start, 1), "parameters": parameters(run), **machine()}
     (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def each(function: Callable[..., Any], cases: Sequence[tuple]) -> list[Any]:
+    """Results of a function for each case, in order: by turns, or side by side in processes that share the GPUs.
+
+    Args:
+        function: Trains and measures. Another process finds it by its name in its module.
+        cases: Its arguments.
+    """
+    if JOBS == 1:
+        return [function(*case) for case in cases]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    context = multiprocessing.get_context("spawn")
+    shared = (context.Value("i", 0), devices, LENGTH, max(1, os.cpu_count() // JOBS))
+    with ProcessPoolExecutor(min(JOBS, len(cases)), context, _join, shared) as pool:
+        return list(pool.map(function, *zip(*cases, strict=True)))
+
+
+def _join(count: Any, devices: Sequence[str], length: float, threads: int) -> None:
+    """What a process of :func:`each` begins with: one GPU of several, and what the command line said."""
+    global LENGTH
+    LENGTH = length
+    torch.set_num_threads(threads)
+    with count.get_lock():
+        if devices:
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices[count.value % len(devices)]
+        count.value += 1
 
 
 def parameters(run: Run) -> int:
@@ -171,29 +214,43 @@ def measure(
     """
     asked = {"steps": steps, "guidance_scales": guidance_scales, "extras": list(extras), "checkpoint": checkpoint}
     path = run.folder / f"measured_{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}.json"
-    if not path.is_file():
-        if guidance_scales is not None:
-            run.cli.model.guidance_scale = guidance_scales[0]
-        weights = classifier_weights(run.cli.datamodule.name)
-        evaluation = FIDEvaluation(
-            ClassifierFeatures(str(weights)), "held_out", extras, steps=steps, guidance_scales=guidance_scales
-        )
-        trainer = L.Trainer(
-            accelerator=run.cli.config.trainer.accelerator, logger=False, callbacks=[evaluation],
-            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        )  # fmt: skip
-        try:
-            trainer.test(run.cli.model, run.cli.datamodule, str(run.folder / checkpoint), verbose=False)
-        except ValueError as error:
-            if "not finite" not in str(error):
-                raise
-            return []
-        written = max(run.folder.glob(f"{Path(checkpoint).stem}_fd_*.json"), key=lambda p: p.stat().st_mtime)
-        path.write_text(written.read_text())
+    with run.lock:
+        if not path.is_file():
+            written = _test(run, steps, guidance_scales, extras, checkpoint)
+            if written is None:
+                return []
+            path.write_text(written.read_text())
     runs = json.loads(path.read_text())["runs"]
     keep = {"fd_classifier": "fd", "precision_classifier": "precision", "recall_classifier": "recall"}
     keep |= {"nfe": "nfe", "guidance_scale": "guidance_scale"}
     return [{keep[k]: v for k, v in r.items() if k in keep and v is not None} for r in runs]
+
+
+def _test(
+    run: Run,
+    steps: Sequence[int] | None,
+    guidance_scales: Sequence[float] | None,
+    extras: Sequence[Extra],
+    checkpoint: str,
+) -> Path | None:
+    """What the test of a checkpoint wrote; none where its samples are not finite."""
+    if guidance_scales is not None:
+        run.cli.model.guidance_scale = guidance_scales[0]
+    weights = classifier_weights(run.cli.datamodule.name)
+    evaluation = FIDEvaluation(
+        ClassifierFeatures(str(weights)), "held_out", extras, steps=steps, guidance_scales=guidance_scales
+    )
+    trainer = L.Trainer(
+        accelerator=run.cli.config.trainer.accelerator, devices=1, logger=False, callbacks=[evaluation],
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    try:
+        trainer.test(run.cli.model, run.cli.datamodule, str(run.folder / checkpoint), verbose=False)
+    except ValueError as error:
+        if "not finite" not in str(error):
+            raise
+        return None
+    return max(run.folder.glob(f"{Path(checkpoint).stem}_fd_*.json"), key=lambda p: p.stat().st_mtime)
 
 
 def distances(run: Run, checkpoint: str = "last.ckpt") -> dict[str, float]:
@@ -218,6 +275,11 @@ def spread(run: Run, column: str = "tangent_norm") -> dict[str, float]:
     return {"median": float(np.median(values)), "max": float(values.max()), "largest_jump": float(jump)}
 
 
+def references(teacher: Run) -> dict[str, Any]:
+    """What the students of the shared teacher are compared with, and the label of all."""
+    return {"teacher": measure(teacher)[0], "floor": floor(teacher), "label": label(teacher)}
+
+
 def reference_rows(result: dict) -> list[str]:
     """Rows of the teacher and of the floor."""
     return [row("teacher", "35 evaluations", result["teacher"]["fd"]), row("floor", "", result["floor"])]
@@ -240,8 +302,9 @@ def classifier_weights(data: str) -> Path:
     if data == "fashion-mnist":
         return ROOT / "benchmarks/classifier_fashion_mnist.pt"
     path = RUNS / f"classifier_{data}.pt"
-    if not path.is_file():
-        print(f"classifier of {data}: held-out accuracy {classifier.train(data, path):.3f}", flush=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.is_file():
+            print(f"classifier of {data}: held-out accuracy {classifier.train(data, path):.3f}", flush=True)
     return path
 
 
@@ -298,9 +361,10 @@ def main(
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the students")
     parser.add_argument("--plot", action="store_true", help="redraw from the JSON, without training")
     parser.add_argument("--length", type=float, default=1.0, help="of every run, as a fraction of its config's steps")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, on the GPUs in turn")
     args = parser.parse_args()
-    global LENGTH
-    LENGTH = args.length
+    global LENGTH, JOBS
+    LENGTH, JOBS = args.length, args.jobs
     path = RESULTS / f"{name}.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
     if not args.plot:

@@ -82,13 +82,18 @@ def norms(run: common.Run, times: Sequence[float]) -> dict[str, list[float]]:
     return found
 
 
+def network(scale: str, name: str) -> dict:
+    """Norms and distance of one of the networks, trained."""
+    run = common.fit("teacher", scale, edit=NETWORKS[name])
+    return {**norms(run, TIMES), "fd": common.measure(run)[0]["fd"], "run": run.record}
+
+
 def compute(scale: str, seeds: Sequence[int]) -> dict:
     """Train the three diffusion models and take the norms."""
-    result = {"t": TIMES, "networks": {}}
-    for name, edit in NETWORKS.items():
-        run = common.fit("teacher", scale, edit=edit)
-        result["networks"][name] = {**norms(run, TIMES), "fd": common.measure(run)[0]["fd"], "run": run.record}
-    return result | {"label": common.label(run), "samples": SAMPLES}
+    teacher = common.fit("teacher", scale)
+    found = common.each(network, [(scale, name) for name in NETWORKS])
+    result = {"t": TIMES, "networks": dict(zip(NETWORKS, found, strict=True))}
+    return result | {"label": common.label(teacher), "samples": SAMPLES}
 
 
 def plot(result: dict, figure) -> None:

@@ -9,6 +9,7 @@ Usage: python benchmarks/figures/fig5a.py [--scale full] [--seeds 0 1 2] [--plot
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 
 import common
 
@@ -23,31 +24,29 @@ def student(scale: str, seed: int, normalization: str, rate: float) -> common.Ru
     return common.student("scd", scale, seed, normalization=normalization, **rates)
 
 
-def search(scale: str, normalization: str) -> list[dict]:
-    """Distances at each learning rate, the best first: the least mean logarithm of one and two steps."""
-    found = []
-    for rate in RATES:
-        run = student(scale, SEARCH_SEED, normalization, rate)
-        found.append({"rate": rate, **common.distances(run)})
+def searched(scale: str, normalization: str, rate: float) -> dict:
+    """Distances at a learning rate, and what the rates are compared by: the mean logarithm of one and two steps."""
+    found = common.distances(student(scale, SEARCH_SEED, normalization, rate))
+    mean = math.inf if None in found.values() else sum(map(math.log, found.values())) / 2
+    return {"rate": rate, **found, "mean_log": mean}
 
-    def mean(entry: dict) -> float:
-        values = [entry["fd_1step"], entry["fd_2step"]]
-        return math.inf if None in values else sum(map(math.log, values)) / 2
 
-    return sorted(found, key=mean)
+def trained(scale: str, seed: int, normalization: str, rate: float) -> dict:
+    """Distances at every checkpoint, and how jumpy the tangent was."""
+    run = student(scale, seed, normalization, rate)
+    return {"seed": seed, **common.curve(run), "tangent_norm": common.spread(run), "run": run.record}
 
 
 def compute(scale: str, seeds: Sequence[int]) -> dict:
     """Search a learning rate per tangent, train a student per tangent and seed, measure every checkpoint."""
-    result = {"tangents": {name: {"search": search(scale, n), "seeds": []} for name, n in TANGENTS.items()}}
-    for seed in seeds:  # the first seed of all tangents before the second of any: an interrupted run is of use
-        for name, normalization in TANGENTS.items():
-            entry = result["tangents"][name]
-            run = student(scale, seed, normalization, entry["search"][0]["rate"])
-            entry["seeds"].append({"seed": seed, **common.curve(run), "tangent_norm": common.spread(run)})
-            entry["run"] = run.record
     teacher = common.fit("teacher", scale)
-    return result | {"teacher": common.measure(teacher)[0], "floor": common.floor(teacher), "label": common.label(run)}
+    found = iter(common.each(searched, [(scale, n, rate) for n in TANGENTS.values() for rate in RATES]))
+    search = {name: sorted((next(found) for _ in RATES), key=itemgetter("mean_log")) for name in TANGENTS}
+    # The first seed of all tangents before the second of any: an interrupted run is of use.
+    cases = [(scale, seed, n, search[name][0]["rate"]) for seed in seeds for name, n in TANGENTS.items()]
+    entries = common.each(trained, cases)
+    tangents = {name: {"search": search[name], "seeds": entries[i :: len(TANGENTS)]} for i, name in enumerate(TANGENTS)}
+    return {"tangents": tangents, **common.references(teacher)}
 
 
 def plot(result: dict, figure) -> None:

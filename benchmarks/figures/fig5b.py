@@ -26,16 +26,23 @@ def unweighted(cli):
     cli.model.adaptive_weight = NoWeight()
 
 
+WEIGHTINGS = {"on": None, "off": unweighted}
+
+
+def trained(scale: str, seed: int, norm: str, weighting: str) -> dict:
+    """Distances at every checkpoint."""
+    run = common.student("scd", scale, seed, WEIGHTINGS[weighting], normalization=norm)
+    return {"seed": seed, **common.curve(run), "run": run.record}
+
+
 def compute(scale: str, seeds: Sequence[int]) -> dict:
     """Train a student per norm, weighting and seed, measure every checkpoint."""
-    result = {"norms": {name: {"on": [], "off": []} for name in NORMS}}
-    for seed in seeds:
-        for name in NORMS:
-            for weighting, edit in (("on", None), ("off", unweighted)):
-                run = common.student("scd", scale, seed, edit, normalization=name)
-                result["norms"][name][weighting].append({"seed": seed, **common.curve(run), "run": run.record})
     teacher = common.fit("teacher", scale)
-    return result | {"teacher": common.measure(teacher)[0], "floor": common.floor(teacher), "label": common.label(run)}
+    cases = [(scale, seed, norm, weighting) for seed in seeds for norm in NORMS for weighting in WEIGHTINGS]
+    norms = {norm: {weighting: [] for weighting in WEIGHTINGS} for norm in NORMS}
+    for (*_, norm, weighting), entry in zip(cases, common.each(trained, cases), strict=True):
+        norms[norm][weighting].append(entry)
+    return {"norms": norms, **common.references(teacher)}
 
 
 def plot(result: dict, figure) -> None:

@@ -15,17 +15,20 @@ GRIDS = (16, 64, 256, 1024, 4096)
 DISCRETE = "sclightning.modules.DiscreteConsistencyDistillation"
 
 
+def trained(scale: str, seed: int, N: int | None) -> dict:
+    """Distances of a student of N steps, or in continuous time."""
+    grid = {} if N is None else {"class_path": DISCRETE, "N": N}
+    run = common.student("scd", scale, seed, **grid, normalization="l2")
+    return {"seed": seed, **common.distances(run), "run": run.record}
+
+
 def compute(scale: str, seeds: Sequence[int]) -> dict:
     """Train a student per grid and seed, and those in continuous time."""
-    result = {"discrete": {str(N): [] for N in GRIDS}, "continuous": []}
-    for seed in seeds:
-        continuous = common.student("scd", scale, seed, normalization="l2")
-        result["continuous"].append({"seed": seed, **common.distances(continuous), "run": continuous.record})
-        for N in GRIDS:
-            run = common.student("scd", scale, seed, class_path=DISCRETE, N=N, normalization="l2")
-            result["discrete"][str(N)].append({"seed": seed, **common.distances(run), "run": run.record})
-    teacher = common.fit("teacher", scale)
-    return result | {"teacher": common.measure(teacher)[0], "floor": common.floor(teacher), "label": common.label(run)}
+    teacher, settings = common.fit("teacher", scale), (None, *GRIDS)
+    entries = common.each(trained, [(scale, seed, N) for seed in seeds for N in settings])
+    continuous, *discrete = (entries[i :: len(settings)] for i in range(len(settings)))
+    result = {"discrete": dict(zip(map(str, GRIDS), discrete, strict=True)), "continuous": continuous}
+    return result | common.references(teacher)
 
 
 def plot(result: dict, figure) -> None:

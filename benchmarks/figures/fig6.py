@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 SIZES = {
     "small": [{"channels": 4}, {"channels": 8}, {"channels": 16}],
+    "medium": [{"channels": 8}, {"channels": 16}, {"channels": 32}],
     "full": [{"channels": 32, "head_channels": 32}, {"channels": 64}, {"channels": 96, "head_channels": 96}],
 }
 
@@ -23,22 +24,37 @@ def flops(run: common.Run) -> int:
     return counter.get_total_flops()
 
 
+def teacher(scale: str, network: dict) -> common.Run:
+    """The teacher of a size."""
+    return common.fit("teacher", scale, **network)
+
+
+def measured(scale: str, network: dict) -> dict:
+    """Size and distance of a teacher."""
+    run = teacher(scale, network)
+    return {"parameters": common.parameters(run), "flops": flops(run), "teacher": common.measure(run)[0]["fd"]}
+
+
+def student(scale: str, network: dict, kind: str) -> dict:
+    """Distances of a student of a size."""
+    run = common.fit(kind, scale, **network, teacher_checkpoint=teacher(scale, network).checkpoint)
+    return common.distances(run) | {"run": run.record}
+
+
 def compute(scale: str, seeds: Sequence[int]) -> dict:
     """A teacher, an sCD and an sCT of each size."""
-    result = {"sizes": []}
-    for size in SIZES[scale]:
-        network = {f"backbone__{name}": value for name, value in size.items()}
-        teacher = common.fit("teacher", scale, **network)
-        fd = common.measure(teacher)[0]["fd"]
-        found = size | {"parameters": common.parameters(teacher), "flops": flops(teacher), "teacher": fd}
-        for kind in ("scd", "sct"):
-            run = common.fit(kind, scale, **network, teacher_checkpoint=teacher.checkpoint)
-            found[kind] = common.distances(run) | {"run": run.record}
-        result["sizes"].append(found)
-    data_and_device = [common.label(teacher).split(", ")[i] for i in (0, -1)]
-    millions = ", ".join(f"{size['parameters'] / 1e6:.2f}" for size in result["sizes"])
+    shared = common.fit("teacher", scale)
+    networks = [{f"backbone__{name}": value for name, value in size.items()} for size in SIZES[scale]]
+    teachers = common.each(measured, [(scale, network) for network in networks])
+    students = common.each(student, [(scale, network, kind) for network in networks for kind in ("scd", "sct")])
+    sizes = [
+        size | found | {"scd": scd, "sct": sct}
+        for size, found, scd, sct in zip(SIZES[scale], teachers, students[::2], students[1::2], strict=True)
+    ]
+    data_and_device = [common.label(shared).split(", ")[i] for i in (0, -1)]
+    millions = ", ".join(f"{size['parameters'] / 1e6:.2f}" for size in sizes)
     label = f"{data_and_device[0]}, {millions} M parameters, {data_and_device[1]}"
-    return result | {"floor": common.floor(teacher), "label": label}
+    return {"sizes": sizes, "floor": common.floor(shared), "label": label}
 
 
 def plot(result: dict, figure) -> None:

@@ -56,17 +56,24 @@ def curves(run: common.Run, steps: Sequence[int] | None = None) -> dict[int, dic
     }
 
 
+def measured(name: str, scale: str, seed: int) -> dict[str, dict]:
+    """Curves of a model, trained, by the name that they have in the figure."""
+    if name == "teacher":
+        (curve,) = curves(teacher(scale)).values()
+        return {name: curve}
+    run = student(name, scale, seed)
+    found = curves(run, [1] if name == "VSD" else [1, 2])
+    return {f"{name}, {nfe}-step": {"seed": seed, **curve, "run": run.record} for nfe, curve in found.items()}
+
+
 def compute(scale: str, seeds: Sequence[int]) -> dict:
     """Train the students of every seed, measure them and the teacher at every guidance scale."""
-    run = teacher(scale)
-    result = {"guidance": SCALES, "models": {"teacher": [*curves(run).values()]}}
-    for seed in seeds:
-        for name in STUDENTS:
-            trained = student(name, scale, seed)
-            for nfe, curve in curves(trained, [1] if name == "VSD" else [1, 2]).items():
-                entry = {"seed": seed, **curve, "run": trained.record}
-                result["models"].setdefault(f"{name}, {nfe}-step", []).append(entry)
-    return result | {"floor": common.floor(run), "label": common.label(run)}
+    run, models = teacher(scale), {}
+    cases = [("teacher", scale, 0), *((name, scale, seed) for seed in seeds for name in STUDENTS)]
+    for found in common.each(measured, cases):
+        for name, entry in found.items():
+            models.setdefault(name, []).append(entry)
+    return {"guidance": SCALES, "models": models, "floor": common.floor(run), "label": common.label(run)}
 
 
 def plot(result: dict, figure) -> None:
