@@ -1,10 +1,11 @@
 r"""A Fashion-MNIST teacher where there is hardly anything but noise, against the exact denoiser of the training images.
 
 Given x_t and its class, the mean of x_0 over the 6,000 training images of the class is known: softmax weights
-:math:`-|x_t - \cos t\,x_0|^2 / 2\sigma_d^2\sin^2 t`. A network that generalises is to agree with it where the weights
-are spread over many images, as they are from a noise level of 10 on. For each noise level: ``spread``, the mean square
-of the exact denoiser's distance from the class's mean image; ``error``, that of the teacher's from the exact one; and
-``slope`` of the teacher on the exact denoiser along the class's first principal component, 1 where it is right.
+:math:`-|x_t - \cos t\,x_0|^2 / 2\sigma_d^2\sin^2 t`. A network that generalises is to agree with it where many images
+count, as from a noise level of 10 on: ``images`` is how many, the mean of :math:`1/\sum w^2`. For each noise level also
+``spread``, the mean square of the exact denoiser's distance from the class's mean image; ``error``, that of the
+teacher's from the exact one; and ``slope`` of the teacher on the exact denoiser along the class's first principal
+component, 1 where it is right.
 
 Usage: python benchmarks/high_noise.py runs/fashion_mnist/full/seed1 [--images 200]
 """
@@ -26,10 +27,17 @@ from sclightning.trigflow import denoise, interpolate
 SIGMAS = (10.0, 17.5, 35.0, 70.0, 112.0)
 
 
-def exact(x_t: Tensor, t: float, data: Tensor, sigma_data: float) -> Tensor:
-    """Mean of x_0 given x_t (N, D), where x_0 is one of ``data`` (M, D), each as likely."""
+def posterior(x_t: Tensor, t: float, data: Tensor, sigma_data: float) -> Tensor:
+    """Probability (N, M) that x_t (N, D) is a noisy one of ``data`` (M, D), of which each is as likely."""
     square = torch.cdist(x_t, math.cos(t) * data, compute_mode="donot_use_mm_for_euclid_dist").square()
-    return torch.softmax(-square / (2 * (sigma_data * math.sin(t)) ** 2), 1) @ data
+    return torch.softmax(-square / (2 * (sigma_data * math.sin(t)) ** 2), 1)
+
+
+def compare(found: Tensor, ideal: Tensor, mean: Tensor, component: Tensor) -> Tensor:
+    """Sums over images (N, D), ``mean`` taken off: squares of ideal and error; product, square along a component."""
+    along, right = (found - mean) @ component, (ideal - mean) @ component
+    sums = (ideal - mean).square().sum(), (found - ideal).square().sum(), along @ right, right @ right
+    return torch.stack(sums).double()
 
 
 def main() -> None:
@@ -46,7 +54,7 @@ def main() -> None:
     train = data.split("train")
     images, labels = data.from_uint8(torch.from_numpy(train.images)), torch.from_numpy(train.labels)
     generator, count = torch.Generator().manual_seed(SEARCH_SEED), args.images // data.num_classes
-    sums = torch.zeros(len(SIGMAS), 4, dtype=torch.float64)
+    sums = torch.zeros(len(SIGMAS), 5, dtype=torch.float64)
     for label in range(data.num_classes):
         own = images[labels == label]
         flat = own.flatten(1)
@@ -59,17 +67,16 @@ def main() -> None:
             with torch.no_grad():
                 F = model(x_t / model.sigma_data, time, torch.full((count,), label))
             found = denoise(F, x_t, time, model.sigma_data).flatten(1)
-            ideal = exact(x_t.flatten(1), t, flat, model.sigma_data)
-            along, right = (found - mean) @ component, (ideal - mean) @ component
-            row += torch.stack(
-                [(ideal - mean).square().sum(), (found - ideal).square().sum(), along @ right, right @ right]
-            ).double()
-    rows = []
-    for sigma, (spread, error, product, square) in zip(SIGMAS, sums.tolist(), strict=True):
-        rows.append({"sigma": sigma, "spread": spread / args.images, "error": error / args.images})
-        rows[-1]["slope"] = product / square
+            weights = posterior(x_t.flatten(1), t, flat, model.sigma_data)
+            row[:4] += compare(found, weights @ flat, mean, component)
+            row[4] += weights.square().sum(1).reciprocal().sum()
+    rows, total = [], count * data.num_classes
+    for sigma, (spread, error, product, square, effective) in zip(SIGMAS, sums.tolist(), strict=True):
+        means = {"images": effective / total, "spread": spread / total, "error": error / total}
+        rows.append({"sigma": sigma, **means, "slope": product / square})
         print(*(f"{name} {value:.4g}" for name, value in rows[-1].items()))
-    made = {"images": args.images, "versions": {"torch": torch.__version__}, "commit": commit(), "rows": rows}
+    made = {"teacher": f"{args.folder}/teacher/last.ckpt", "images": total, "rows": rows}
+    made |= {"versions": {"torch": torch.__version__}, "commit": commit()}
     args.out.write_text(json.dumps(made, indent=2) + "\n")
 
 

@@ -359,9 +359,13 @@ def test_search_trains_what_it_is_told(tmp_path):
     assert callbacks["EMA"].exponent == EMA(sigma_rel=0.05).exponent and callbacks["TangentWarmup"].steps == 10
 
 
-def test_exact_denoiser():
-    """Of two images a and -a, the mean given x_t is a tanh(cos t <a, x_t> / (sigma_d sin t)^2)."""
+def test_teachers_are_compared_with_the_exact_denoiser():
+    """Of images a and -a the mean given x_t is a tanh(cos t <a, x_t> / (sigma_d sin t)^2); twice that has slope 2."""
     a, x_t, t = torch.tensor([1.0, -0.5, 2.0]).double(), torch.randn(4, 3).double(), 1.3
-    found = high_noise.exact(x_t, t, torch.stack([a, -a]), 0.7)
+    ideal = high_noise.posterior(x_t, t, torch.stack([a, -a]), 0.7) @ torch.stack([a, -a])
     weight = (math.cos(t) * x_t @ a / (0.7 * math.sin(t)) ** 2).tanh()
-    torch.testing.assert_close(found, weight[:, None] * a)
+    torch.testing.assert_close(ideal, weight[:, None] * a)
+    mean = torch.ones(3).double()
+    spread, error, product, square = high_noise.compare(mean + 2 * ideal, mean + ideal, mean, a / a.norm()).tolist()
+    assert spread == pytest.approx(error) == pytest.approx((weight.square().sum() * a @ a).item())
+    assert product / square == pytest.approx(2) and square == pytest.approx(spread)

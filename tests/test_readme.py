@@ -135,5 +135,7 @@ def test_high_noise_table_is_the_recorded_run():
     rows = json.loads((ROOT / "benchmarks/results/fashion_mnist_high_noise.json").read_text())["rows"]
     page = (ROOT / "docs/fashion_mnist.md").read_text()
     assert "| noise level | " + " | ".join(f"{row['sigma']:g}" for row in rows) + " |" in page
-    for key in ("slope", "error", "spread"):
-        assert f"| {' | '.join(f'{row[key]:.2f}' for row in rows)} |" in page
+    labels = {"images": "training images that count", "slope": "slope of", "error": "mean square of the teacher's"}
+    for key, label in (labels | {"spread": "mean square of what the exact"}).items():
+        values = " | ".join(f"{row[key]:.0f}" if key == "images" else f"{row[key]:.2f}" for row in rows)
+        assert re.search(rf"^\| {label}[^|]* \| {re.escape(values)} \|$", page, flags=re.MULTILINE), key

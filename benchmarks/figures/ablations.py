@@ -58,7 +58,13 @@ def two_masks(cli):
     cli.model.loss = types.MethodType(loss_of_two_masks, cli.model)
 
 
-EDITS = {"double norm": None, "AdaGN": adagn, "off": no_warmup, "shared": None, "two": two_masks}
+STUDENTS = {
+    "double norm": ("scd", None, {"normalization": "l2"}),
+    "AdaGN": ("scd", adagn, {"normalization": "l2"}),
+    "off": ("scd", no_warmup, {"normalization": "l2"}),
+    "shared": ("sct", None, {"backbone__dropout": DROPOUT}),
+    "two": ("sct", two_masks, {"backbone__dropout": DROPOUT}),
+}
 SETTINGS = {
     "modulation: double norm": "double norm",
     "modulation: AdaGN": "AdaGN",
@@ -71,19 +77,17 @@ SETTINGS = {
 
 def trained(scale: str, seed: int, name: str) -> dict:
     """Distances of a student, and how jumpy its tangent was."""
-    init_args = {"backbone__dropout": DROPOUT} if name in ("shared", "two") else {"normalization": "l2"}
-    if name == "AdaGN":
-        init_args["teacher_checkpoint"] = common.fit("teacher", scale, edit=adagn).checkpoint
-    kind = "sct" if name in ("shared", "two") else "scd"
-    run = common.student(kind, scale, seed, EDITS[name], **init_args)
+    kind, edit, init_args = STUDENTS[name]
+    own = {"teacher_checkpoint": common.fit("teacher", scale, edit=adagn).checkpoint} if edit is adagn else {}
+    run = common.student(kind, scale, seed, edit, **init_args, **own)
     return {"seed": seed, **common.distances(run), "tangent_norm": common.spread(run), "run": run.record}
 
 
 def compute(scale: str, seeds: Sequence[int]) -> dict:
     """Train and measure both settings of every ablation."""
+    entries = common.each(trained, [(scale, seed, name) for seed in seeds for name in STUDENTS])
+    found = {name: entries[i :: len(STUDENTS)] for i, name in enumerate(STUDENTS)}
     teacher, other = common.fit("teacher", scale), common.fit("teacher", scale, edit=adagn)
-    entries = common.each(trained, [(scale, seed, name) for seed in seeds for name in EDITS])
-    found = {name: entries[i :: len(EDITS)] for i, name in enumerate(EDITS)}
     return {
         "settings": {setting: found[name] for setting, name in SETTINGS.items()},
         "teachers": {"double norm": common.measure(teacher)[0], "AdaGN": common.measure(other)[0]},

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -88,7 +89,6 @@ class Run:
     @property
     def lock(self) -> FileLock:
         """Held by who trains or measures the run, so that figures made at the same time share it."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(self.folder.with_suffix(".lock"))
 
     @property
@@ -150,6 +150,7 @@ def student(kind: str, scale: str, seed: int = 0, edit: Callable | None = None, 
 def _train(run: Run) -> None:
     trainer, folder = run.cli.trainer, run.folder
     print(f"training {folder}", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
     ours = (ModelCheckpoint, FIDEvaluation, SampleGrid)
     every = max(trainer.max_steps // PARTS, 1)
     checkpoints = ModelCheckpoint(folder, "{step}", every_n_train_steps=every, save_top_k=-1, save_last=True)
@@ -175,16 +176,16 @@ def each(function: Callable[..., Any], cases: Sequence[tuple]) -> list[Any]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     context = multiprocessing.get_context("spawn")
-    shared = (context.Value("i", 0), devices, LENGTH, max(1, os.cpu_count() // JOBS))
-    with ProcessPoolExecutor(min(JOBS, len(cases)), context, _join, shared) as pool:
+    count = context.Value("l", os.getpid())  # not all scripts begin with the first GPU
+    with ProcessPoolExecutor(min(JOBS, len(cases)), context, _join, (count, devices, LENGTH)) as pool:
         return list(pool.map(function, *zip(*cases, strict=True)))
 
 
-def _join(count: Any, devices: Sequence[str], length: float, threads: int) -> None:
-    """What a process of :func:`each` begins with: one GPU of several, and what the command line said."""
+def _join(count: Any, devices: Sequence[str], length: float) -> None:
+    """What a process of :func:`each` begins with: one GPU of several, one core, and what the command line said."""
     global LENGTH
     LENGTH = length
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     with count.get_lock():
         if devices:
             os.environ["CUDA_VISIBLE_DEVICES"] = devices[count.value % len(devices)]
@@ -264,6 +265,12 @@ def curve(run: Run) -> dict[str, list[float]]:
     files = sorted(run.folder.glob("step=*.ckpt"), key=lambda p: int(p.stem.removeprefix("step=")))
     found = [{"steps": int(p.stem.removeprefix("step=")), **distances(run, p.name)} for p in files]
     return {key: [point[key] for point in found] for key in found[0]}
+
+
+def rate(scale: str) -> float:
+    """Learning rate of the students' config."""
+    config = yaml.safe_load((CONFIGS[scale] / "scd.yaml").read_text())
+    return float(config["model"]["init_args"]["optimizer"]["init_args"]["lr"])
 
 
 def spread(run: Run, column: str = "tangent_norm") -> dict[str, float]:
@@ -366,9 +373,9 @@ def main(
     global LENGTH, JOBS
     LENGTH, JOBS = args.length, args.jobs
     path = RESULTS / f"{name}.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
-    if not args.plot:
-        results[args.scale] = {**compute(args.scale, args.seeds), "length": args.length, **machine()}
+    made = {} if args.plot else {args.scale: {**compute(args.scale, args.seeds), "length": args.length, **machine()}}
+    with FileLock(RUNS / f"{name}.lock"):  # of another scale at the same time
+        results = (json.loads(path.read_text()) if path.is_file() else {}) | made
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(rounded(results), indent=2) + "\n")
     matplotlib.use("Agg")

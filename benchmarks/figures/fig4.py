@@ -90,10 +90,9 @@ def network(scale: str, name: str) -> dict:
 
 def compute(scale: str, seeds: Sequence[int]) -> dict:
     """Train the three diffusion models and take the norms."""
-    teacher = common.fit("teacher", scale)
     found = common.each(network, [(scale, name) for name in NETWORKS])
     result = {"t": TIMES, "networks": dict(zip(NETWORKS, found, strict=True))}
-    return result | {"label": common.label(teacher), "samples": SAMPLES}
+    return result | {"label": common.label(common.fit("teacher", scale)), "samples": SAMPLES}
 
 
 def plot(result: dict, figure) -> None:

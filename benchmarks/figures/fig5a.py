@@ -9,12 +9,11 @@ Usage: python benchmarks/figures/fig5a.py [--scale full] [--seeds 0 1 2] [--plot
 
 import math
 from collections.abc import Sequence
-from operator import itemgetter
 
 import common
 
 TANGENTS = {"raw": "none", "clipped": "clip", "normalised": "l2"}
-RATES = (2.5e-4, 5e-4, 1e-3)
+RATES = (0.5, 1, 2)  # times the config's
 SEARCH_SEED = 100
 
 
@@ -25,10 +24,14 @@ def student(scale: str, seed: int, normalization: str, rate: float) -> common.Ru
 
 
 def searched(scale: str, normalization: str, rate: float) -> dict:
-    """Distances at a learning rate, and what the rates are compared by: the mean logarithm of one and two steps."""
-    found = common.distances(student(scale, SEARCH_SEED, normalization, rate))
-    mean = math.inf if None in found.values() else sum(map(math.log, found.values())) / 2
-    return {"rate": rate, **found, "mean_log": mean}
+    """Distances at a learning rate."""
+    return {"rate": rate, **common.distances(student(scale, SEARCH_SEED, normalization, rate))}
+
+
+def mean_log(entry: dict) -> float:
+    """What learning rates are compared by: the mean logarithm of the distances of one and two steps."""
+    values = [entry["fd_1step"], entry["fd_2step"]]
+    return math.inf if None in values else sum(map(math.log, values)) / 2
 
 
 def trained(scale: str, seed: int, normalization: str, rate: float) -> dict:
@@ -40,8 +43,9 @@ def trained(scale: str, seed: int, normalization: str, rate: float) -> dict:
 def compute(scale: str, seeds: Sequence[int]) -> dict:
     """Search a learning rate per tangent, train a student per tangent and seed, measure every checkpoint."""
     teacher = common.fit("teacher", scale)
-    found = iter(common.each(searched, [(scale, n, rate) for n in TANGENTS.values() for rate in RATES]))
-    search = {name: sorted((next(found) for _ in RATES), key=itemgetter("mean_log")) for name in TANGENTS}
+    rates = [factor * common.rate(scale) for factor in RATES]
+    found = iter(common.each(searched, [(scale, n, rate) for n in TANGENTS.values() for rate in rates]))
+    search = {name: sorted((next(found) for _ in rates), key=mean_log) for name in TANGENTS}
     # The first seed of all tangents before the second of any: an interrupted run is of use.
     cases = [(scale, seed, n, search[name][0]["rate"]) for seed in seeds for name, n in TANGENTS.items()]
     entries = common.each(trained, cases)
