@@ -28,24 +28,21 @@ VALUES = {
     "seed_everything": SEARCH_SEED,
     "model.seed": SEARCH_SEED,
     "data.seed": SEARCH_SEED,
-    "model.backbone.channels": 16,
-    "model.optimizer": "torch.optim.Adam",
     "model.compile": True,
-    "data.num_test_samples": 10_000,
+    "trainer.accelerator": "cpu",
     "trainer.logger": False,
     "trainer.log_every_n_steps": 50,
 }
-STUDENT = {"model.P_mean": -1.0, "model.P_std": 1.6, "model.normalization": "rms"}
 SIGMA_DATA = {-1.0: 0.570, -1.0625: 0.592, -1.125: 0.614, -1.25: 0.661}  # by black's value, measured
 
 
 def command(kind: str, folder: Path, lr: float, beta2: float, images: int, input_skip: bool, black: float) -> list[str]:
-    """What follows ``sclightning fit``: the config of the figures' small scale with these values in their place."""
+    """What follows ``sclightning fit``: the config of the figures' medium scale with these values in their place."""
     steps = images // BATCH[kind]
     checkpoints = {"dirpath": str(folder), "save_last": True, "save_top_k": 0, "every_n_train_steps": steps}
     callbacks = {"EMA": {"sigma_rel": 0.05}, "ModelCheckpoint": checkpoints}
     callbacks |= {} if kind == "teacher" else {"TangentWarmup": {"steps": min(300, steps // 4)}}
-    values = VALUES | ({"model.label_dropout": 0} if kind == "teacher" else STUDENT)
+    values = VALUES | ({"model.label_dropout": 0} if kind == "teacher" else {"model.normalization": "rms"})
     values |= {
         "model.backbone.input_skip": input_skip,
         "model.sigma_data": SIGMA_DATA[black],
@@ -59,7 +56,7 @@ def command(kind: str, folder: Path, lr: float, beta2: float, images: int, input
         "trainer.default_root_dir": str(folder),
         "trainer.callbacks": [{"class_path": name, "init_args": value} for name, value in callbacks.items()],
     }
-    config = str(Path(__file__).parent / f"figures/small/{kind}.yaml")
+    config = str(Path(__file__).parent / f"figures/medium/{kind}.yaml")
     texts = (f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items())
     return ["--config", config, *texts]
 

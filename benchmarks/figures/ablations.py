@@ -85,8 +85,8 @@ def trained(scale: str, seed: int, name: str) -> dict:
 
 def compute(scale: str, seeds: Sequence[int]) -> dict:
     """Train and measure both settings of every ablation."""
-    entries = common.each(trained, [(scale, seed, name) for seed in seeds for name in STUDENTS])
-    found = {name: entries[i :: len(STUDENTS)] for i, name in enumerate(STUDENTS)}
+    entries = common.each_setting(trained, scale, seeds, [(name,) for name in STUDENTS])
+    found = dict(zip(STUDENTS, entries, strict=True))
     teacher, other = common.fit("teacher", scale), common.fit("teacher", scale, edit=adagn)
     return {
         "settings": {setting: found[name] for setting, name in SETTINGS.items()},

@@ -122,7 +122,7 @@ def fit(
     changes |= {"seed_everything": seed, "model.init_args.seed": seed, "data.init_args.seed": seed}
     changes["trainer.logger"] = False  # its folder has the hash in its name
     if LENGTH != 1:
-        steps = round(LENGTH * yaml.safe_load((CONFIGS[scale] / f"{kind}.yaml").read_text())["trainer"]["max_steps"])
+        steps = round(LENGTH * read(kind, scale)["trainer"]["max_steps"])
         changes |= {"trainer.max_steps": steps, "model.init_args.lr_scheduler.init_args.total_steps": steps}
     arguments = [
         f"--{name}={json.dumps(value) if not isinstance(value, str) else value}" for name, value in changes.items()
@@ -140,6 +140,11 @@ def fit(
         if not (run.folder / "record.json").is_file():
             _train(run)
     return run
+
+
+def read(kind: str, scale: str) -> dict[str, Any]:
+    """A config as it stands in its file."""
+    return yaml.safe_load((CONFIGS[scale] / f"{kind}.yaml").read_text())
 
 
 def student(kind: str, scale: str, seed: int = 0, edit: Callable | None = None, **init_args: Any) -> Run:
@@ -181,6 +186,17 @@ def each(function: Callable[..., Any], cases: Sequence[tuple]) -> list[Any]:
         return list(pool.map(function, *zip(*cases, strict=True)))
 
 
+def each_setting(
+    function: Callable[..., Any], scale: str, seeds: Sequence[int], settings: Sequence[tuple]
+) -> list[list[Any]]:
+    """Results of ``function(scale, seed, *setting)``: for each setting a list over seeds.
+
+    The first seed of all settings comes before the second of any: what was interrupted is of use.
+    """
+    found = each(function, [(scale, seed, *setting) for seed in seeds for setting in settings])
+    return [found[i :: len(settings)] for i in range(len(settings))]
+
+
 def _join(count: Any, devices: Sequence[str], length: float) -> None:
     """What a process of :func:`each` begins with: one GPU of several, one core, and what the command line said."""
     global LENGTH
@@ -217,7 +233,7 @@ def measure(
     path = run.folder / f"measured_{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}.json"
     with run.lock:
         if not path.is_file():
-            written = _test(run, steps, guidance_scales, extras, checkpoint)
+            written = _test(run, **asked)
             if written is None:
                 return []
             path.write_text(written.read_text())
@@ -265,12 +281,6 @@ def curve(run: Run) -> dict[str, list[float]]:
     files = sorted(run.folder.glob("step=*.ckpt"), key=lambda p: int(p.stem.removeprefix("step=")))
     found = [{"steps": int(p.stem.removeprefix("step=")), **distances(run, p.name)} for p in files]
     return {key: [point[key] for point in found] for key in found[0]}
-
-
-def rate(scale: str) -> float:
-    """Learning rate of the students' config."""
-    config = yaml.safe_load((CONFIGS[scale] / "scd.yaml").read_text())
-    return float(config["model"]["init_args"]["optimizer"]["init_args"]["lr"])
 
 
 def spread(run: Run, column: str = "tangent_norm") -> dict[str, float]:
@@ -373,20 +383,22 @@ def main(
     global LENGTH, JOBS
     LENGTH, JOBS = args.length, args.jobs
     path = RESULTS / f"{name}.json"
-    made = {} if args.plot else {args.scale: {**compute(args.scale, args.seeds), "length": args.length, **machine()}}
-    with FileLock(RUNS / f"{name}.lock"):  # of another scale at the same time
-        results = (json.loads(path.read_text()) if path.is_file() else {}) | made
+    if not args.plot:
+        made = {**compute(args.scale, args.seeds), "length": args.length, **machine()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(rounded(results), indent=2) + "\n")
+        with FileLock(RUNS / f"{name}.lock"):  # another scale may be made at the same time
+            results = json.loads(path.read_text()) if path.is_file() else {}
+            path.write_text(json.dumps(rounded(results | {args.scale: made}), indent=2) + "\n")
+    result = json.loads(path.read_text())[args.scale]
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False})
     figure = Figure(layout="constrained", dpi=110)
-    plot(rounded(results[args.scale]), figure)
-    figure.supxlabel(results[args.scale]["label"], fontsize=6, color="grey")
+    plot(result, figure)
+    figure.supxlabel(result["label"], fontsize=6, color="grey")
     PLOTS.mkdir(parents=True, exist_ok=True)
     suffix = "" if args.scale == "small" else f"_{args.scale}"
     figure.savefig(PLOTS / f"{name}{suffix}.png")
-    print(f"{results[args.scale]['label']}, in {path}", *rows(rounded(results[args.scale])), sep="\n")
+    print(f"{result['label']}, in {path}", *rows(result), sep="\n")
 
 
 def rounded(value: Any) -> Any:

@@ -43,13 +43,13 @@ def trained(scale: str, seed: int, normalization: str, rate: float) -> dict:
 def compute(scale: str, seeds: Sequence[int]) -> dict:
     """Search a learning rate per tangent, train a student per tangent and seed, measure every checkpoint."""
     teacher = common.fit("teacher", scale)
-    rates = [factor * common.rate(scale) for factor in RATES]
+    config = common.read("scd", scale)["model"]["init_args"]
+    rates = [factor * float(config["optimizer"]["init_args"]["lr"]) for factor in RATES]
     found = iter(common.each(searched, [(scale, n, rate) for n in TANGENTS.values() for rate in rates]))
     search = {name: sorted((next(found) for _ in rates), key=mean_log) for name in TANGENTS}
-    # The first seed of all tangents before the second of any: an interrupted run is of use.
-    cases = [(scale, seed, n, search[name][0]["rate"]) for seed in seeds for name, n in TANGENTS.items()]
-    entries = common.each(trained, cases)
-    tangents = {name: {"search": search[name], "seeds": entries[i :: len(TANGENTS)]} for i, name in enumerate(TANGENTS)}
+    settings = [(n, search[name][0]["rate"]) for name, n in TANGENTS.items()]
+    entries = zip(TANGENTS, common.each_setting(trained, scale, seeds, settings), strict=True)
+    tangents = {name: {"search": search[name], "seeds": entry} for name, entry in entries}
     return {"tangents": tangents, **common.references(teacher)}
 
 

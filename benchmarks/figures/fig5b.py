@@ -38,10 +38,10 @@ def trained(scale: str, seed: int, norm: str, weighting: str) -> dict:
 def compute(scale: str, seeds: Sequence[int]) -> dict:
     """Train a student per norm, weighting and seed, measure every checkpoint."""
     teacher = common.fit("teacher", scale)
-    cases = [(scale, seed, norm, weighting) for seed in seeds for norm in NORMS for weighting in WEIGHTINGS]
-    norms = {norm: {weighting: [] for weighting in WEIGHTINGS} for norm in NORMS}
-    for (*_, norm, weighting), entry in zip(cases, common.each(trained, cases), strict=True):
-        norms[norm][weighting].append(entry)
+    settings = [(norm, weighting) for norm in NORMS for weighting in WEIGHTINGS]
+    norms = {norm: {} for norm in NORMS}
+    for (norm, weighting), entry in zip(settings, common.each_setting(trained, scale, seeds, settings), strict=True):
+        norms[norm][weighting] = entry
     return {"norms": norms, **common.references(teacher)}
 
 

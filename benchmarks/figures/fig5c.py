@@ -24,9 +24,8 @@ def trained(scale: str, seed: int, N: int | None) -> dict:
 
 def compute(scale: str, seeds: Sequence[int]) -> dict:
     """Train a student per grid and seed, and those in continuous time."""
-    teacher, settings = common.fit("teacher", scale), (None, *GRIDS)
-    entries = common.each(trained, [(scale, seed, N) for seed in seeds for N in settings])
-    continuous, *discrete = (entries[i :: len(settings)] for i in range(len(settings)))
+    teacher = common.fit("teacher", scale)
+    continuous, *discrete = common.each_setting(trained, scale, seeds, [(N,) for N in (None, *GRIDS)])
     result = {"discrete": dict(zip(map(str, GRIDS), discrete, strict=True)), "continuous": continuous}
     return result | common.references(teacher)
 
