@@ -20,16 +20,17 @@ from sclightning.metrics import ClassifierFeatures
 def main() -> None:
     """Measure each row of a seed's folder as it is and with black in place of what is nearly black."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of a seed, with teacher, scd and sct in it")
+    parser.add_argument("folder", type=Path, help="of a seed, with teacher and students in it")
     parser.add_argument("--below", type=int, default=8, help="pixels below this, of 255, are set to black")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fashion_mnist_grain.json"))
     args = parser.parse_args()
     samples, data = {}, FashionMNISTDataModule()
     measure = Measure(ClassifierFeatures(str(CLASSIFIER)), "train")
     for path in (args.folder / kind / "samples.npz" for kind in KINDS):
-        samples |= {row: array for row, array in np.load(path).items() if row in ROWS}
+        if path.exists():
+            samples |= {row: array for row, array in np.load(path).items() if row in ROWS}
     rows = {}
-    for row in ROWS:
+    for row in (row for row in ROWS if row in samples):
         images = torch.from_numpy(samples[row])[:, None]
         black = images.masked_fill(images < args.below, 0)
         found, without = (distance(measure, x, data, torch.device("cpu")) for x in (images, black))
