@@ -90,10 +90,10 @@ def test_fashion_mnist_tables_are_the_recorded_runs():
     """docs/fashion_mnist.md has both budgets of benchmarks/results/fashion_mnist.json, the README the full one."""
     results = json.loads((ROOT / "benchmarks/results/fashion_mnist.json").read_text())
     floor, page = results["floor"], " ".join((ROOT / "docs/fashion_mnist.md").read_text().split())
-    for budget, text in (("sprint", page), ("full", README)):
+    for budget, text, count in (("sprint", page, 5), ("full", README, 3)):
         rows = {name: row for name, row in results[budget].items() if "nfe" in row}
         mean = {name: sum(row["fd"]) / len(row["fd"]) for name, row in rows.items()}
-        assert len(rows) == 5
+        assert len(rows) == count
         for name, found in rows.items():
             kind = {"teacher": "teacher, Heun", "scd": "sCD", "sct": "sCT"}[name.split("_")[0]]
             ratio, rate = f"{mean[name]:.3f} | {mean[name] / mean['teacher']:.2f}", f"{found['images_per_second']:,.0f}"
@@ -104,10 +104,10 @@ def test_fashion_mnist_tables_are_the_recorded_runs():
             if text is README:
                 assert f"| {kind} | {found['nfe']} | {ratio} | {seconds} | {rate} |" in text
         minutes = sum(run["train_seconds"] + run["startup_seconds"] for run in results[budget]["runs"]) / 60
-        models = {3: "three", 9: "nine"}[len(results[budget]["runs"])]
+        models = {2: "two", 9: "nine"}[len(results[budget]["runs"])]
         assert f"Training and start of the {models} models took {minutes:.0f} GPU minutes" in " ".join(text.split())
     assert f"| test images | - | {floor:.3f} | {floor / mean['teacher']:.2f} |" in README
-    assert found["seeds"] == [1] and "a model, seed 1:" in README
+    assert found["seeds"] == [2] and "a model, seed 2:" in README
 
 
 def test_grain_is_the_recorded_run():
