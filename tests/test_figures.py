@@ -52,9 +52,10 @@ def tiny(script, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "PARTS", 2)
     for folder in ("RUNS", "RESULTS", "PLOTS"):
         monkeypatch.setattr(common, folder, tmp_path / folder.lower())
+    (tmp_path / "backbone.yaml").write_text(yaml.safe_dump({"class_path": "DDPMpp", "init_args": NET}))
     for kind in ("teacher", "scd", "sct"):
         config = yaml.safe_load((ROOT / f"benchmarks/figures/small/{kind}.yaml").read_text())
-        config["model"]["init_args"] |= {"sigma_data": 0.58, "backbone": {"class_path": "DDPMpp", "init_args": NET}}
+        config["model"]["init_args"] |= {"sigma_data": 0.58}
         config["model"]["init_args"]["lr_scheduler"]["init_args"]["total_steps"] = 4
         config["model"]["init_args"] |= {"steps": 3} if kind == "teacher" else {}
         config["data"] = {"class_path": "common.Tiny", "init_args": {"batch_size": 8, "num_test_samples": 70}}
