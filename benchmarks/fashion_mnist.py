@@ -269,6 +269,13 @@ def test(kind: str, folder: Path, args: argparse.Namespace, run: Callable) -> di
     return {"rows": rows, **{name: found[name] for name in about}}
 
 
+def sampled(folder: Path) -> dict[str, np.ndarray]:
+    """Samples (N, H, W) that :func:`test` kept of the models of a seed's folder, by row."""
+    paths = (folder / kind / "samples.npz" for kind in KINDS)
+    found = {name: array for path in paths if path.exists() for name, array in np.load(path).items()}
+    return {row: found[row] for row in ROWS if row in found}
+
+
 # --- Figures ----------------------------------------------------------------------------------------------------------
 
 
@@ -362,15 +369,13 @@ def table(rows: dict[str, Any], floor: float | None) -> Table:
 
 def picture(folder: Path, columns: int = 20) -> None:
     """Real images over each row's samples: same noise, same label down a column."""
-    made = {kind: path for kind in KINDS if (path := folder / kind / "samples.npz").exists()}
-    config = saved(folder / next(iter(made)))["data"]["init_args"]
+    made = sampled(folder)
+    config = saved(folder / next(iter(made)).split("_")[0])["data"]["init_args"]
     data = FashionMNISTDataModule(config["root"]).split("train")
     label = np.arange(columns) % FashionMNISTDataModule.num_classes
     rows = {"real": np.stack([data.images[data.labels == c][i // 10, 0] for i, c in enumerate(label)])}
-    for path in made.values():
-        rows |= {name: array[:columns] for name, array in np.load(path).items() if name != "label"}
-    order = [row for row in ("real", *ROWS) if row in rows]
-    draw({row: torch.from_numpy(rows[row])[:, None] for row in order}, scale=2).save(folder / "samples.png")
+    rows |= {row: array[:columns] for row, array in made.items()}
+    draw({row: torch.from_numpy(array)[:, None] for row, array in rows.items()}, scale=2).save(folder / "samples.png")
     print(f"Drew {folder / 'samples.png'}")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fashion_mnist import CLASSIFIER, KINDS, ROWS, distance
+from fashion_mnist import CLASSIFIER, distance, sampled
 from provenance import commit
 
 from sclightning.data import FashionMNISTDataModule
@@ -24,17 +24,12 @@ def main() -> None:
     parser.add_argument("--below", type=int, default=8, help="pixels below this, of 255, are set to black")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fashion_mnist_grain.json"))
     args = parser.parse_args()
-    samples, data = {}, FashionMNISTDataModule()
-    measure = Measure(ClassifierFeatures(str(CLASSIFIER)), "train")
-    for path in (args.folder / kind / "samples.npz" for kind in KINDS):
-        if path.exists():
-            samples |= {row: array for row, array in np.load(path).items() if row in ROWS}
-    rows = {}
-    for row in (row for row in ROWS if row in samples):
-        images = torch.from_numpy(samples[row])[:, None]
+    data, measure, rows = FashionMNISTDataModule(), Measure(ClassifierFeatures(str(CLASSIFIER)), "train"), {}
+    for row, array in sampled(args.folder).items():
+        images = torch.from_numpy(array)[:, None]
         black = images.masked_fill(images < args.below, 0)
         found, without = (distance(measure, x, data, torch.device("cpu")) for x in (images, black))
-        rows[row] = {"fd": found, "fd_black": without, "dark": _dark(samples[row])}
+        rows[row] = {"fd": found, "fd_black": without, "dark": _dark(array)}
     made = {"below": args.below, "versions": {"torch": torch.__version__}, "commit": commit(), "rows": rows}
     args.out.write_text(json.dumps(made, indent=2) + "\n")
     for row, values in rows.items():

@@ -28,7 +28,6 @@ VALUES = {
     "seed_everything": SEARCH_SEED,
     "model.seed": SEARCH_SEED,
     "data.seed": SEARCH_SEED,
-    "model.compile": True,
     "trainer.accelerator": "cpu",
     "trainer.logger": False,
     "trainer.log_every_n_steps": 50,

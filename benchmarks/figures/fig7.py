@@ -33,14 +33,13 @@ def teacher(scale: str) -> common.Run:
 def student(name: str, scale: str, seed: int) -> common.Run:
     """A student with a guidance input, of a teacher that has none."""
     run = teacher(scale)
-    network = run.cli.config.model.init_args.backbone
     return common.fit(
         "scd",
         scale,
         seed,
         **STUDENTS[name],
         normalization="l2",
-        teacher={"class_path": network.class_path, "init_args": network.init_args.as_dict()},
+        teacher=run.cli.config.model.init_args.backbone.clone(with_meta=False).as_dict(),
         teacher_checkpoint=run.checkpoint,
         backbone__guidance=True,
         guidance_range=[1.0, 2.0],
