@@ -1,6 +1,7 @@
 // Attention and its tangent on Hopper: one pass over the keys, two accumulators (docs/jvp_attention.md, docs/cuda.md).
 //
 // A block is a warpgroup that copies and two that compute; for cosine attention one more, between them, that normalises.
+// Up to 64 queries and keys a block is one warpgroup, which does all of it for one head.
 // Letters as in triton/kernels.py: s scores, ts their tangent, p weights relative to the running maximum m, h = p ts;
 // running sums l = sum p, r = sum h, o = sum p v, t = sum (h v + p tv). At the end O = o / l, dO = t / l - (r / l) O.
 #pragma once
@@ -21,21 +22,21 @@ constexpr int WARPGROUP = 128;
 /// How head dimensions up to WIDTH are laid out. A tile is ROWS rows of q, k, v or a tangent in panels of PANEL columns,
 /// each ROWS x PANEL with the rows' 16-byte chunks swizzled: 128-byte rows for 64 columns, 64-byte rows for 32.
 /// COSINE: of the convolution's layout (heads, D, 3, N), so transposed, 64 channels by 64 positions, and normalised here.
-/// PAIRS: of no more than ROWS queries and keys, so that an item is two heads, each a block of keys and a warpgroup's.
-template <int WIDTH_, int PANEL_, int SPLIT_, int STAGES_, bool COSINE_ = false, bool PAIRS_ = false>
+/// SMALL: of no more than ROWS queries and keys, one block of each.
+template <int WIDTH_, int PANEL_, int SPLIT_, int STAGES_, bool COSINE_ = false, bool SMALL_ = false>
 struct Layout {
-  static constexpr bool COSINE = COSINE_, PAIRS = PAIRS_;
+  static constexpr bool COSINE = COSINE_, SMALL = SMALL_;
   static constexpr int FIRST = COSINE ? 2 : 1;  // warpgroup that computes
-  static constexpr int THREADS = (FIRST + 2) * WARPGROUP;
+  static constexpr int THREADS = SMALL ? WARPGROUP : (FIRST + 2) * WARPGROUP;
   static constexpr int WIDTH = WIDTH_;
   static constexpr int PANEL = PANEL_;
   static constexpr int SPLIT = SPLIT_;        // warpgroups that share the columns of the values
   static constexpr int STAGES = STAGES_;      // blocks of keys in shared memory
   static constexpr bool WHOLE = STAGES > 2;   // whether a head's keys can stay there for all its queries
-  static constexpr bool RESIDENT = WIDTH <= 72 && !COSINE;  // whether queries are multiplied from registers
+  static constexpr bool RESIDENT = WIDTH <= 72 && !COSINE && !SMALL;  // whether queries are multiplied from registers
   static constexpr int SLICES = (WIDTH + 15) / 16;          // products of 16 columns for a tile of scores
   static constexpr int N = WIDTH / SPLIT;     // columns of a warpgroup's accumulators
-  static constexpr int GROUPS = 2 / SPLIT;    // warpgroups with queries of their own
+  static constexpr int GROUPS = SMALL ? 1 : 2 / SPLIT;  // warpgroups with queries of their own
   static constexpr int QUERIES = ROWS * GROUPS;
   static constexpr int PANELS = (WIDTH + PANEL - 1) / PANEL;
   static constexpr int ROW_BYTES = 2 * PANEL;
@@ -48,12 +49,12 @@ struct Layout {
 };
 
 using Layout64 = Layout<64, 64, 1, 6>;
-using Layout64Pairs = Layout<64, 64, 1, 6, false, true>;
+using Layout64Small = Layout<64, 64, 1, 1, false, true>;
 using Layout72 = Layout<72, 32, 1, 3>;
 using Layout128 = Layout<128, 64, 1, 2>;
 using Layout256 = Layout<256, 64, 2, 1>;  // 64 x 256 x 2 accumulators do not fit: two warpgroups take half each
 using LayoutCosine = Layout<64, 64, 1, 6, true>;
-using LayoutCosinePairs = Layout<64, 64, 1, 6, true, true>;
+using LayoutCosineSmall = Layout<64, 64, 1, 1, true, true>;
 
 /// What a kernel gets, by value in constant memory. Strides are in elements.
 struct Parameters {
@@ -61,7 +62,7 @@ struct Parameters {
   uint16_t *o, *to;
   float* lse;
   int64_t o_b, o_h, o_n;  // COSINE: o_n is the stride of D, positions are contiguous
-  int heads, H, queries, keys, D;
+  int H, queries, keys, D;
   int query_blocks, key_blocks;
   int items;  // of work, in all
   int parts;  // query blocks of an item, which reads its keys once
@@ -72,12 +73,6 @@ struct Parameters {
 template <class L>
 __device__ int parts(const Parameters& p) {
   return L::WHOLE ? p.parts : 1;
-}
-
-/// Head of a query block; PAIRS: the first of two.
-template <class L>
-__device__ int head_of(const Parameters& p, int index) {
-  return L::PAIRS ? 2 * index : index / p.query_blocks;
 }
 
 template <class L>
@@ -123,7 +118,7 @@ __device__ void copy_keys(const Parameters& p, Shared<L> shared) {
   int n = 0;  // stages are used in turn: the n-th block of keys goes to n % STAGES, in phase n / STAGES of its barriers
   for (int item = block_index(); item < p.items; item += grid_size()) {
     for (int j = 0; j < p.key_blocks; ++j, ++n) {
-      const int head = head_of<L>(p, item * parts<L>(p)) + (L::PAIRS ? j : 0), row = L::PAIRS ? 0 : j * ROWS;
+      const int head = item * parts<L>(p) / p.query_blocks, row = j * ROWS;
       const int stage = n % L::STAGES;
       const uint32_t parity = n / L::STAGES & 1;
       barrier_wait(shared.k_empty(stage), parity ^ 1);  // a new barrier counts as having completed parity 1
@@ -143,12 +138,11 @@ __device__ void copy_queries(const Parameters& p, Shared<L> shared) {
   for (int item = block_index(); item < p.items; item += grid_size()) {
     for (int part = 0; part < parts<L>(p); ++part, ++n) {
       const int index = item * parts<L>(p) + part;
-      const int head = head_of<L>(p, index), row = index % p.query_blocks * L::QUERIES;
+      const int head = index / p.query_blocks, row = index % p.query_blocks * L::QUERIES;
       barrier_wait(shared.q_empty(), (n & 1) ^ 1);
       barrier_arrive_expect(shared.q_full(), 2 * L::GROUPS * L::TILE);
       for (int group = 0; group < L::GROUPS; ++group) {
-        load_pair<L>(shared.q(group), &p.q, &p.tq, shared.q_full(), L::PAIRS ? 0 : row + group * ROWS, p,
-                     head + (L::PAIRS ? group : 0), 0);
+        load_pair<L>(shared.q(group), &p.q, &p.tq, shared.q_full(), row + group * ROWS, p, head, 0);
       }
     }
   }
@@ -268,13 +262,15 @@ __device__ void load_tile(uint32_t (&x)[L::SLICES][4], uint32_t tile) {
   }
 }
 
-/// Issues d (64 x N) += x y: x (64 x 64) in registers, y the tile from column panel ``panel`` on.
+/// Issues d (64 x N) = x y, or += if ``accumulate``: x (64 x 64) in registers, y the tile from column panel ``panel`` on.
 template <class Element, class L>
-__device__ void multiply_registers(float (&d)[L::N / 2], const uint32_t (&x)[4][4], uint32_t y, int panel) {
+__device__ void multiply_registers(float (&d)[L::N / 2], const uint32_t (&x)[4][4], uint32_t y, int panel,
+                                   bool accumulate = true) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t offset = L::COSINE ? i * 32 : panel * L::PANEL_BYTES + i * 16 * L::ROW_BYTES;
-    wgmma_registers<!L::COSINE>(Element{}, d, x[i], at(descriptor<L>(L::PANEL_BYTES), y + offset), true);
+    wgmma_registers<!L::COSINE>(Element{}, d, x[i], at(descriptor<L>(L::PANEL_BYTES), y + offset),
+                                 accumulate || i > 0);
   }
 }
 
@@ -345,11 +341,81 @@ __device__ void store_column(uint16_t* to, int64_t stride, int position, int pos
   }
 }
 
-/// A warp is done with two tiles; PAIRS: it speaks for a warp of the other warpgroup too, which has tiles of its own.
-template <class L>
-__device__ void release(uint32_t empty) {
-  barrier_arrive(empty);
-  if (L::PAIRS) barrier_arrive(empty);
+/// Scores become weights, relative to the maximum so far of their rows, which moves: sums are to be rescaled by ``alpha`` if
+/// the result is true.
+template <class Element>
+__device__ bool weigh(const Parameters& p, float (&s)[32], int keys, float (&m)[2], float (&l)[2], float (&r)[2],
+                      float (&alpha)[2], uint32_t (&weights)[4][4]) {
+  const int lane = thread_index() % 32;
+  bool rescale = false;
+  if (keys < ROWS) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= keys) s[i] = -INFINITY;
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float top = s[2 * half];
+#pragma unroll
+    for (int n = 0; n < 8; ++n) top = fmaxf(top, fmaxf(s[4 * n + 2 * half], s[4 * n + 2 * half + 1]));
+    const float m_new = fmaxf(m[half], row_max(top) * p.scale_log2 - shift(Element{}));
+    alpha[half] = exp2_approximate(m[half] - m_new);
+    rescale |= m[half] != m_new;
+    m[half] = m_new;
+    l[half] *= alpha[half];
+    r[half] *= alpha[half];
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      float &low = s[4 * n + 2 * half], &high = s[4 * n + 2 * half + 1];
+      low = exp2_approximate(low * p.scale_log2 - m_new);
+      high = exp2_approximate(high * p.scale_log2 - m_new);
+      l[half] += low + high;
+    }
+  }
+  hold(s);  // not packed before, in registers that are lacking
+#pragma unroll
+  for (int i = 0; i < 32; i += 2) weights[i / 8][i / 2 % 4] = pack(Element{}, s[i], s[i + 1]);
+  return rescale;
+}
+
+/// h of weights and the scores' tangents.
+template <class Element>
+__device__ void weigh_tangents(const Parameters& p, const float (&weights)[32], const float (&ts)[32], float (&r)[2],
+                               uint32_t (&h)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 32; i += 2) {
+    const float low = weights[i] * (ts[i] * p.h_scale), high = weights[i + 1] * (ts[i + 1] * p.h_scale);
+    h[i / 8][i / 2 % 4] = pack_h(Element{}, low, high, r[i / 2 % 2]);
+  }
+}
+
+/// Output, its tangent and the log-sum-exp of a warpgroup's queries, from row ``first`` of their head on.
+template <class Element, class L>
+__device__ void store(const Parameters& p, const float (&o)[L::N / 2], const float (&t)[L::N / 2], const float (&m)[2],
+                      const float (&l)[2], const float (&r)[2], int head, int first, int panel) {
+  const int place = opaque(thread_index()), thread = place % 4;
+  const int row0 = first + place % WARPGROUP / 32 * 16 + place % 32 / 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = row0 + 8 * half;
+    const float sum = row_sum(l[half]), inverse = reciprocal_approximate(sum), mu = row_sum(r[half]) * inverse;
+    const auto y = [&](int i) { return o[i + 2 * half] * inverse; };
+    const auto ty = [&](int i) { return t[i + 2 * half] * inverse - mu * y(i); };
+    const int64_t offset = head / p.H * p.o_b + head % p.H * p.o_h;
+    if constexpr (L::COSINE) {
+      const int lane = place % 32, position = row - lane / 4;
+      store_column<Element, L>(p.o + offset, p.o_n, position, p.queries, p.D, lane, y);
+      store_column<Element, L>(p.to + offset, p.o_n, position, p.queries, p.D, lane, ty);
+    } else {
+      const int column = panel * L::PANEL;
+      store_row<Element, L>(p.o + offset + row * p.o_n, row < p.queries, column, p.D, thread, y);
+      store_row<Element, L>(p.to + offset + row * p.o_n, row < p.queries, column, p.D, thread, ty);
+    }
+    if (thread == 0 && panel == 0 && row < p.queries) {
+      p.lse[int64_t(head) * p.queries + row] = (m[half] + log2_approximate(sum)) * 0.6931471805599453f;
+    }
+  }
 }
 
 /// A computing warpgroup. In its accumulators, thread ``lane`` of warp ``warp`` holds rows 16 warp + lane / 4 and 8 rows
@@ -382,11 +448,10 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
         }
       };
 
-      const int end = L::PAIRS ? group + 1 : p.key_blocks;
-      for (int j = L::PAIRS ? group : 0; j < end; ++j) {
+      for (int j = 0; j < p.key_blocks; ++j) {
         const int n = visit * p.key_blocks + j, stage = opaque(n % L::STAGES);  // the same for all parts of an item
         const uint32_t parity = n / L::STAGES & 1;
-        const int keys = L::PAIRS ? p.keys : p.keys - j * ROWS;  // that are left
+        const int keys = p.keys - j * ROWS;  // that are left
         float s[32], ts[32];
         wait_turn(warpgroup);
         barrier_wait(shared.k_ready(stage), parity);
@@ -400,37 +465,9 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
         wgmma_wait<1>();
         hold(s);
 
-        if (keys < ROWS) {
-#pragma unroll
-          for (int i = 0; i < 32; ++i) {
-            if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= keys) s[i] = -INFINITY;
-          }
-        }
         float alpha[2];
-        bool rescale = false;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float top = s[2 * half];
-#pragma unroll
-          for (int n = 0; n < 8; ++n) top = fmaxf(top, fmaxf(s[4 * n + 2 * half], s[4 * n + 2 * half + 1]));
-          const float m_new = fmaxf(m[half], row_max(top) * p.scale_log2 - shift(Element{}));
-          alpha[half] = exp2_approximate(m[half] - m_new);
-          rescale |= m[half] != m_new;
-          m[half] = m_new;
-          l[half] *= alpha[half];
-          r[half] *= alpha[half];
-#pragma unroll
-          for (int n = 0; n < 8; ++n) {
-            float &low = s[4 * n + 2 * half], &high = s[4 * n + 2 * half + 1];
-            low = exp2_approximate(low * p.scale_log2 - m_new);
-            high = exp2_approximate(high * p.scale_log2 - m_new);
-            l[half] += low + high;
-          }
-        }
-        hold(s);  // not packed before, in registers that are lacking
         uint32_t weights[4][4];
-#pragma unroll
-        for (int i = 0; i < 32; i += 2) weights[i / 8][i / 2 % 4] = pack(Element{}, s[i], s[i + 1]);
+        const bool rescale = weigh<Element>(p, s, keys, m, l, r, alpha, weights);
         if (any_of_warp(rescale)) {
 #pragma unroll
           for (int i = 0; i < L::N / 2; ++i) o[i] *= alpha[i / 2 % 2], t[i] *= alpha[i / 2 % 2];
@@ -445,21 +482,17 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
         wgmma_wait<1>();  // for ts, while those run
         hold(ts);
         if (lane == 0) {
-          if (last_part) release<L>(shared.k_empty(stage));
-          if (!L::RESIDENT && j == end - 1) barrier_arrive(shared.q_empty());
+          if (last_part) barrier_arrive(shared.k_empty(stage));
+          if (!L::RESIDENT && j == p.key_blocks - 1) barrier_arrive(shared.q_empty());
         }
         uint32_t h[4][4];
-#pragma unroll
-        for (int i = 0; i < 32; i += 2) {
-          const float low = s[i] * (ts[i] * p.h_scale), high = s[i + 1] * (ts[i + 1] * p.h_scale);
-          h[i / 8][i / 2 % 4] = pack_h(Element{}, low, high, r[i / 2 % 2]);
-        }
+        weigh_tangents<Element>(p, s, ts, r, h);
         wgmma_fence();
         multiply_registers<Element, L>(t, h, shared.v(stage), panel);
         wgmma_commit();
         wgmma_wait<0>();
         hold(o), hold(t);
-        if (lane == 0 && last_part) release<L>(shared.v_empty(stage));
+        if (lane == 0 && last_part) barrier_arrive(shared.v_empty(stage));
       }
       if constexpr (L::RESIDENT) {
         // Never run. Without it ptxas 13.0 gives h registers of q and tq, which the next round reads.
@@ -471,31 +504,8 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
         }
       }
 
-      const int index = item * parts<L>(p) + part, head = head_of<L>(p, index) + (L::PAIRS ? group : 0);
-      const int place = opaque(thread_index()), thread = place % 4;
-      const int queries = head < p.heads ? p.queries : 0;  // of an odd number of heads the last has no second
-      const int first = L::PAIRS ? 0 : index % p.query_blocks * L::QUERIES + group * ROWS;  // row of the warpgroup
-      const int row0 = first + place % WARPGROUP / 32 * 16 + place % 32 / 4;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = row0 + 8 * half;
-        const float sum = row_sum(l[half]), inverse = reciprocal_approximate(sum), mu = row_sum(r[half]) * inverse;
-        const auto y = [&](int i) { return o[i + 2 * half] * inverse; };
-        const auto ty = [&](int i) { return t[i + 2 * half] * inverse - mu * y(i); };
-        const int64_t offset = head / p.H * p.o_b + head % p.H * p.o_h;
-        if constexpr (L::COSINE) {
-          const int lane = place % 32, position = row - lane / 4;
-          store_column<Element, L>(p.o + offset, p.o_n, position, queries, p.D, lane, y);
-          store_column<Element, L>(p.to + offset, p.o_n, position, queries, p.D, lane, ty);
-        } else {
-          const int column = panel * L::PANEL;
-          store_row<Element, L>(p.o + offset + row * p.o_n, row < queries, column, p.D, thread, y);
-          store_row<Element, L>(p.to + offset + row * p.o_n, row < queries, column, p.D, thread, ty);
-        }
-        if (thread == 0 && panel == 0 && row < queries) {
-          p.lse[int64_t(head) * p.queries + row] = (m[half] + log2_approximate(sum)) * 0.6931471805599453f;
-        }
-      }
+      const int index = item * parts<L>(p) + part;
+      store<Element, L>(p, o, t, m, l, r, index / p.query_blocks, index % p.query_blocks * L::QUERIES + group * ROWS, panel);
     }
   }
 }
@@ -531,6 +541,63 @@ __global__ void __launch_bounds__(L::THREADS, 1) jvp_attention_kernel(const __gr
     registers_increase<L::COSINE ? 200 : 240>();
     compute<Element, L>(p, shared, warpgroup - L::FIRST);
   }
+#else
+  __trap();
+#endif
+}
+
+/// One warpgroup for one head of up to ROWS queries and keys: there is nothing to pipeline in it, so several of these blocks
+/// share a multiprocessor, and one copies while others multiply.
+template <class Element, class L>
+__global__ void __launch_bounds__(WARPGROUP, 4) jvp_attention_small_kernel(const __grid_constant__ Parameters p) {
+#if SCLIGHTNING_HOPPER
+  const Shared<L> shared{shared_base()};
+  const int head = block_index();
+  if (thread_index() == 0) {
+    for (uint32_t full : {shared.q_full(), shared.k_full(0), shared.v_full(0)}) barrier_init(full, 1);
+    barrier_init_fence();
+    const auto load = [&](uint32_t full, uint32_t x, const CUtensorMap& from_x, const CUtensorMap& from_tx, int which) {
+      barrier_arrive_expect(full, 2 * L::TILE);
+      load_pair<L>(x, &from_x, &from_tx, full, 0, p, head, which);
+    };
+    load(shared.q_full(), shared.q(0), p.q, p.tq, 0);
+    load(shared.k_full(0), shared.k(0), p.k, p.tk, 1);
+    load(shared.v_full(0), shared.v(0), p.v, p.tv, 2);
+  }
+  sync_threads();
+  float s[32], ts[32], m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, r[2] = {0, 0}, alpha[2];
+  if constexpr (L::COSINE) {  // of the values too before there are scores, whose registers the norm has
+#pragma unroll 1
+    for (int i = 0; i < 3; ++i) {  // queries, keys, values: tiles and barriers lie alike
+      barrier_wait(shared.q_full() + i * (shared.k_full(0) - shared.q_full()), 0);
+      normalise<Element, L>(p, shared.q(0) + 2 * i * L::TILE);
+    }
+    sync_threads();
+  } else {
+    barrier_wait(shared.q_full(), 0);
+    barrier_wait(shared.k_full(0), 0);
+  }
+  wgmma_fence();
+  multiply_tiles<Element, L>(s, shared.q(0), shared.k(0), false);
+  multiply_tiles<Element, L>(ts, shared.tq(0), shared.k(0), false);
+  multiply_tiles<Element, L>(ts, shared.q(0), shared.tk(0), true);
+  wgmma_commit();
+  if constexpr (!L::COSINE) barrier_wait(shared.v_full(0), 0);
+  wgmma_wait<0>();
+  hold(s), hold(ts);
+
+  uint32_t weights[4][4], h[4][4];
+  weigh<Element>(p, s, p.keys, m, l, r, alpha, weights);
+  weigh_tangents<Element>(p, s, ts, r, h);
+  float o[L::N / 2], t[L::N / 2];
+  wgmma_fence();
+  multiply_registers<Element, L>(o, weights, shared.v(0), 0, false);
+  multiply_registers<Element, L>(t, weights, shared.tv(0), 0, false);
+  multiply_registers<Element, L>(t, h, shared.v(0), 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+  hold(o), hold(t);
+  store<Element, L>(p, o, t, m, l, r, head, 0, 0);
 #else
   __trap();
 #endif

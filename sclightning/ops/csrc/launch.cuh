@@ -32,20 +32,28 @@ const char* describe(CUtensorMap& map, Encode encode, const void* data, bool bf1
   return error == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused a tensor";
 }
 
+template <class Element, class L>
+constexpr auto kernel() {
+  if constexpr (L::SMALL) {
+    return jvp_attention_small_kernel<Element, L>;
+  } else {
+    return jvp_attention_kernel<Element, L>;
+  }
+}
+
 /// Divides the work over at most ``blocks`` blocks and launches.
 template <class Element, class L>
 const char* run(Parameters& p, int64_t heads, int blocks, float scale, bool bf16, void* stream) {
   p.query_blocks = (p.queries + L::QUERIES - 1) / L::QUERIES;
-  p.heads = heads;
-  p.key_blocks = L::PAIRS ? 2 : (p.keys + ROWS - 1) / ROWS;
+  p.key_blocks = (p.keys + ROWS - 1) / ROWS;
   if (heads * p.query_blocks > INT32_MAX / 2) return "more query blocks than 2^30";
   // Whole heads, whose keys stay in shared memory for all their queries, if there are enough to fill the device.
   p.parts = L::WHOLE && p.key_blocks <= L::STAGES && heads >= blocks ? p.query_blocks : 1;
-  p.items = L::PAIRS ? (heads + 1) / 2 : heads * p.query_blocks / p.parts;
+  p.items = heads * p.query_blocks / p.parts;
   p.scale_log2 = scale * 1.4426950408889634f;
   p.h_scale = scale * (bf16 ? 1.00281782f : 1.0f);  // 1 + 2^-8 / (2 ln 2), the mean loss of cutting off
-  if (p.items < blocks) blocks = p.items;
-  const cudaError_t error = launch(jvp_attention_kernel<Element, L>, blocks, L::THREADS, L::BYTES, p, stream);
+  if (L::SMALL || p.items < blocks) blocks = p.items;
+  const cudaError_t error = launch(kernel<Element, L>(), blocks, L::THREADS, L::BYTES, p, stream);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -79,13 +87,13 @@ const char* cosine(const SclightningCosine& a, Encode encode, void* stream) {
   p.o_b = a.H * D * N, p.o_h = D * N, p.o_n = N;
   p.H = a.H, p.queries = p.keys = a.N, p.D = a.D;
   p.root = 1 / std::sqrt(float(a.D)), p.eps = a.eps;
-  return (N <= ROWS ? run<Element, LayoutCosinePairs> : run<Element, LayoutCosine>)(p, heads, a.blocks, a.scale, a.bf16,
+  return (N <= ROWS ? run<Element, LayoutCosineSmall> : run<Element, LayoutCosine>)(p, heads, a.blocks, a.scale, a.bf16,
                                                                                     stream);
 }
 
 template <class Element>
 const char* attention(const SclightningAttention& a, Encode encode, void* stream) {
-  if (a.D <= 64 && a.queries <= ROWS && a.keys <= ROWS) return launch_attention<Element, Layout64Pairs>(a, encode, stream);
+  if (a.D <= 64 && a.queries <= ROWS && a.keys <= ROWS) return launch_attention<Element, Layout64Small>(a, encode, stream);
   if (a.D <= 64) return launch_attention<Element, Layout64>(a, encode, stream);
   if (a.D <= 72) return launch_attention<Element, Layout72>(a, encode, stream);
   if (a.D <= 128) return launch_attention<Element, Layout128>(a, encode, stream);
