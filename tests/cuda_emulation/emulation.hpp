@@ -471,9 +471,10 @@ inline void store16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   std::memcpy(to, words, 16);
 }
 
-inline void store4(void* to, uint32_t x) {
-  emulation::machine.require(reinterpret_cast<uintptr_t>(to) % 4 == 0, "a store of 4 bytes is not aligned");
-  std::memcpy(to, &x, 4);
+inline void store8(void* to, uint32_t a, uint32_t b) {
+  emulation::machine.require(reinterpret_cast<uintptr_t>(to) % 8 == 0, "a store of 8 bytes is not aligned");
+  const uint32_t words[2] = {a, b};
+  std::memcpy(to, words, 8);
 }
 
 inline uint8_t* touch_shared(uint32_t address) {

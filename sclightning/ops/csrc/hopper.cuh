@@ -61,7 +61,7 @@ __device__ inline void store16(void* to, uint32_t a, uint32_t b, uint32_t c, uin
   *static_cast<uint4*>(to) = make_uint4(a, b, c, d);
 }
 
-__device__ inline void store4(void* to, uint32_t x) { *static_cast<uint32_t*>(to) = x; }
+__device__ inline void store8(void* to, uint32_t a, uint32_t b) { *static_cast<uint2*>(to) = make_uint2(a, b); }
 
 __device__ inline uint32_t load_shared(uint32_t address) {
   uint32_t x;

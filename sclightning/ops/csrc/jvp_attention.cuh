@@ -330,14 +330,19 @@ __device__ void store_row(uint16_t* row, bool valid, int column, int D, int thre
   }
 }
 
-/// Stores 8 positions x all channels, positions being contiguous: 8 x 8 numbers at a time are transposed over the warp.
+/// Stores 16 positions x all channels, positions being contiguous: 8 x 8 numbers at a time are transposed over the warp, and
+/// neighbouring threads exchange words, so that four of them fill a sector of 32 bytes.
 template <class Element, class L, class Value>
-__device__ void store_column(uint16_t* to, int64_t stride, int position, int positions, int D, int lane, Value value) {
+__device__ void store_columns(uint16_t* to, int64_t stride, int position, int positions, int D, int lane, Value value) {
+  const bool odd = lane & 1;
+  const int mine = position + (odd ? 8 : 0) + lane % 4 / 2 * 4;  // positions are a multiple of 8
 #pragma unroll
   for (int n = 0; n < L::N / 8; ++n) {
-    const uint32_t x = transpose_8x8(pack(Element{}, value(4 * n), value(4 * n + 1)));
-    const int channel = 8 * n + lane / 4, mine = position + lane % 4 * 2;  // two at a time: positions are a multiple of 8
-    if (mine < positions && channel < D) store4(to + channel * stride + mine, x);
+    const uint32_t x0 = transpose_8x8(pack(Element{}, value(0, 4 * n), value(0, 4 * n + 1)));
+    const uint32_t x1 = transpose_8x8(pack(Element{}, value(1, 4 * n), value(1, 4 * n + 1)));
+    const uint32_t other = shuffle_xor(odd ? x0 : x1, 1);
+    const int channel = 8 * n + lane / 4;
+    if (mine < positions && channel < D) store8(to + channel * stride + mine, odd ? other : x0, odd ? x1 : other);
   }
 }
 
@@ -394,26 +399,32 @@ __device__ void weigh_tangents(const Parameters& p, const float (&weights)[32], 
 template <class Element, class L>
 __device__ void store(const Parameters& p, const float (&o)[L::N / 2], const float (&t)[L::N / 2], const float (&m)[2],
                       const float (&l)[2], const float (&r)[2], int head, int first, int panel) {
-  const int place = opaque(thread_index()), thread = place % 4;
-  const int row0 = first + place % WARPGROUP / 32 * 16 + place % 32 / 4;
+  const int place = opaque(thread_index()), lane = place % 32, thread = lane % 4;
+  const int top = first + place % WARPGROUP / 32 * 16;  // row of the warp
+  const int64_t offset = head / p.H * p.o_b + head % p.H * p.o_h;
+  float inverse[2], mu[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = row0 + 8 * half;
-    const float sum = row_sum(l[half]), inverse = reciprocal_approximate(sum), mu = row_sum(r[half]) * inverse;
-    const auto y = [&](int i) { return o[i + 2 * half] * inverse; };
-    const auto ty = [&](int i) { return t[i + 2 * half] * inverse - mu * y(i); };
-    const int64_t offset = head / p.H * p.o_b + head % p.H * p.o_h;
-    if constexpr (L::COSINE) {
-      const int lane = place % 32, position = row - lane / 4;
-      store_column<Element, L>(p.o + offset, p.o_n, position, p.queries, p.D, lane, y);
-      store_column<Element, L>(p.to + offset, p.o_n, position, p.queries, p.D, lane, ty);
-    } else {
-      const int column = panel * L::PANEL;
-      store_row<Element, L>(p.o + offset + row * p.o_n, row < p.queries, column, p.D, thread, y);
-      store_row<Element, L>(p.to + offset + row * p.o_n, row < p.queries, column, p.D, thread, ty);
-    }
+    const int row = top + lane / 4 + 8 * half;
+    const float sum = row_sum(l[half]);
+    inverse[half] = reciprocal_approximate(sum);
+    mu[half] = row_sum(r[half]) * inverse[half];
     if (thread == 0 && panel == 0 && row < p.queries) {
       p.lse[int64_t(head) * p.queries + row] = (m[half] + log2_approximate(sum)) * 0.6931471805599453f;
+    }
+  }
+  const auto y = [&](int half, int i) { return o[i + 2 * half] * inverse[half]; };
+  const auto ty = [&](int half, int i) { return t[i + 2 * half] * inverse[half] - mu[half] * y(half, i); };
+  if constexpr (L::COSINE) {
+    store_columns<Element, L>(p.o + offset, p.o_n, top, p.queries, p.D, lane, y);
+    store_columns<Element, L>(p.to + offset, p.o_n, top, p.queries, p.D, lane, ty);
+  } else {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = top + lane / 4 + 8 * half, column = panel * L::PANEL;
+      const int64_t to = offset + row * p.o_n;
+      store_row<Element, L>(p.o + to, row < p.queries, column, p.D, thread, [&](int i) { return y(half, i); });
+      store_row<Element, L>(p.to + to, row < p.queries, column, p.D, thread, [&](int i) { return ty(half, i); });
     }
   }
 }
