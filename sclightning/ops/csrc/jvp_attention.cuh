@@ -32,6 +32,7 @@ struct Layout {
   static constexpr int PANEL = PANEL_;
   static constexpr int SPLIT = SPLIT_;        // warpgroups that share the columns of the values
   static constexpr int STAGES = STAGES_;      // blocks of keys in shared memory
+  static constexpr bool AHEAD = STAGES == 1 && !SMALL;  // whether k has a second tile, so that it is there a step earlier
   static constexpr bool WHOLE = STAGES > 2;   // whether a head's keys can stay there for all its queries
   static constexpr bool RESIDENT = WIDTH <= 72 && !COSINE && !SMALL;  // whether queries are multiplied from registers
   static constexpr int SLICES = (WIDTH + 15) / 16;          // products of 16 columns for a tile of scores
@@ -42,10 +43,10 @@ struct Layout {
   static constexpr int ROW_BYTES = 2 * PANEL;
   static constexpr int PANEL_BYTES = ROWS * ROW_BYTES;
   static constexpr int TILE = PANELS * PANEL_BYTES;
-  // Shared memory: q and tq of each group; k, tk, v and tv of each stage; the barriers.
+  // Shared memory: q and tq of each group; k, tk, v and tv of each stage; the second k; the barriers.
   static constexpr int KEYS = 2 * GROUPS * TILE;
-  static constexpr int BARRIERS = KEYS + 4 * STAGES * TILE;
-  static constexpr int BYTES = BARRIERS + 8 * (3 + 6 * STAGES);
+  static constexpr int BARRIERS = KEYS + (4 * STAGES + AHEAD) * TILE;
+  static constexpr int BYTES = BARRIERS + 8 * (3 + 6 * STAGES + 4 * AHEAD);
 };
 
 using Layout64 = Layout<64, 64, 1, 6>;
@@ -84,6 +85,10 @@ struct Shared {
   __device__ uint32_t tk(int stage) const { return k(stage) + L::TILE; }
   __device__ uint32_t v(int stage) const { return k(stage) + 2 * L::TILE; }
   __device__ uint32_t tv(int stage) const { return k(stage) + 3 * L::TILE; }
+  // AHEAD: the n-th tile of k, alternately.
+  __device__ uint32_t k_ahead(int n) const { return n % 2 ? k(1) : k(0); }
+  __device__ uint32_t k_ahead_full(int n) const { return k_full(1) + 16 * (n % 2); }
+  __device__ uint32_t k_ahead_empty(int n) const { return k_ahead_full(n) + 8; }
   // Full: the copies of a tile pair have arrived. Ready: they are what is multiplied. Empty: no longer needed.
   __device__ uint32_t q_full() const { return base + L::BARRIERS; }
   __device__ uint32_t q_empty() const { return q_full() + 8; }
@@ -96,20 +101,26 @@ struct Shared {
   __device__ uint32_t v_ready(int stage) const { return L::COSINE ? v_full(stage) + 16 : v_full(stage); }
 };
 
-/// Copies x and its tangent, rows from ``row`` on of one head; rows and columns beyond the tensor arrive as zeros.
+/// Copies a tile, rows from ``row`` on of one head; rows and columns beyond the tensor arrive as zeros.
 /// COSINE: positions from ``row`` on; ``which`` is 0 for q, 1 for k, 2 for v.
 template <class L>
-__device__ void load_pair(uint32_t x, const CUtensorMap* from_x, const CUtensorMap* from_tx, uint32_t full, int row,
-                          const Parameters& p, int head, int which) {
-  for (int panel = 0; panel < L::PANELS; ++panel, x += L::PANEL_BYTES) {
+__device__ void load(uint32_t to, const CUtensorMap& from, uint32_t full, int row, const Parameters& p, int head,
+                     int which) {
+  for (int panel = 0; panel < L::PANELS; ++panel, to += L::PANEL_BYTES) {
     if (L::COSINE) {
-      tensor_load(x, &p.q, full, row, 0, which, head);
-      tensor_load(x + L::TILE, &p.tq, full, row, 0, which, head);
+      tensor_load(to, &from, full, row, 0, which, head);
     } else {
-      tensor_load(x, from_x, full, panel * L::PANEL, row, head % p.H, head / p.H);
-      tensor_load(x + L::TILE, from_tx, full, panel * L::PANEL, row, head % p.H, head / p.H);
+      tensor_load(to, &from, full, panel * L::PANEL, row, head % p.H, head / p.H);
     }
   }
+}
+
+/// Copies x and its tangent.
+template <class L>
+__device__ void load_pair(uint32_t to, const CUtensorMap& x, const CUtensorMap& tx, uint32_t full, int row,
+                          const Parameters& p, int head, int which) {
+  load<L>(to, L::COSINE ? p.q : x, full, row, p, head, which);
+  load<L>(to + L::TILE, L::COSINE ? p.tq : tx, full, row, p, head, which);
 }
 
 /// One thread: keys and values of all items of this block, as far ahead as there are stages.
@@ -122,11 +133,29 @@ __device__ void copy_keys(const Parameters& p, Shared<L> shared) {
       const int stage = n % L::STAGES;
       const uint32_t parity = n / L::STAGES & 1;
       barrier_wait(shared.k_empty(stage), parity ^ 1);  // a new barrier counts as having completed parity 1
-      barrier_arrive_expect(shared.k_full(stage), 2 * L::TILE);
-      load_pair<L>(shared.k(stage), &p.k, &p.tk, shared.k_full(stage), row, p, head, 1);
+      if constexpr (L::AHEAD) {
+        barrier_arrive_expect(shared.k_full(stage), L::TILE);
+        load<L>(shared.tk(stage), p.tk, shared.k_full(stage), row, p, head, 1);
+      } else {
+        barrier_arrive_expect(shared.k_full(stage), 2 * L::TILE);
+        load_pair<L>(shared.k(stage), p.k, p.tk, shared.k_full(stage), row, p, head, 1);
+      }
       barrier_wait(shared.v_empty(stage), parity ^ 1);
       barrier_arrive_expect(shared.v_full(stage), 2 * L::TILE);
-      load_pair<L>(shared.v(stage), &p.v, &p.tv, shared.v_full(stage), row, p, head, 2);
+      load_pair<L>(shared.v(stage), p.v, p.tv, shared.v_full(stage), row, p, head, 2);
+    }
+  }
+}
+
+/// AHEAD: k itself, by one thread of another warp.
+template <class L>
+__device__ void copy_keys_ahead(const Parameters& p, Shared<L> shared) {
+  int n = 0;
+  for (int item = block_index(); item < p.items; item += grid_size()) {
+    for (int j = 0; j < p.key_blocks; ++j, ++n) {
+      barrier_wait(shared.k_ahead_empty(n), (n / 2 & 1) ^ 1);
+      barrier_arrive_expect(shared.k_ahead_full(n), L::TILE);
+      load<L>(shared.k_ahead(n), p.k, shared.k_ahead_full(n), j * ROWS, p, item * parts<L>(p) / p.query_blocks, 1);
     }
   }
 }
@@ -142,7 +171,7 @@ __device__ void copy_queries(const Parameters& p, Shared<L> shared) {
       barrier_wait(shared.q_empty(), (n & 1) ^ 1);
       barrier_arrive_expect(shared.q_full(), 2 * L::GROUPS * L::TILE);
       for (int group = 0; group < L::GROUPS; ++group) {
-        load_pair<L>(shared.q(group), &p.q, &p.tq, shared.q_full(), row + group * ROWS, p, head, 0);
+        load_pair<L>(shared.q(group), p.q, p.tq, shared.q_full(), row + group * ROWS, p, head, 0);
       }
     }
   }
@@ -465,11 +494,16 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
         const int keys = p.keys - j * ROWS;  // that are left
         float s[32], ts[32];
         wait_turn(warpgroup);
-        barrier_wait(shared.k_ready(stage), parity);
+        const uint32_t k = L::AHEAD ? shared.k_ahead(n) : shared.k(stage);
+        barrier_wait(L::AHEAD ? shared.k_ahead_full(n) : shared.k_ready(stage), L::AHEAD ? n / 2 & 1 : parity);
         wgmma_fence();
-        multiply_queries(s, false, shared.k(stage), false);
+        multiply_queries(s, false, k, false);
         wgmma_commit();
-        multiply_queries(ts, true, shared.k(stage), false);
+        multiply_queries(ts, true, k, false);
+        if (L::AHEAD) {
+          barrier_wait(shared.k_ready(stage), parity);
+          wgmma_fence();
+        }
         multiply_queries(ts, false, shared.tk(stage), true);
         wgmma_commit();
         pass_turn(1 - warpgroup);
@@ -494,6 +528,7 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
         hold(ts);
         if (lane == 0) {
           if (last_part) barrier_arrive(shared.k_empty(stage));
+          if (L::AHEAD) barrier_arrive(shared.k_ahead_empty(n));
           if (!L::RESIDENT && j == p.key_blocks - 1) barrier_arrive(shared.q_empty());
         }
         uint32_t h[4][4];
@@ -537,6 +572,7 @@ __global__ void __launch_bounds__(L::THREADS, 1) jvp_attention_kernel(const __gr
       init(shared.k_full(stage), shared.k_ready(stage), shared.k_empty(stage));
       init(shared.v_full(stage), shared.v_ready(stage), shared.v_empty(stage));
     }
+    for (int n = 0; L::AHEAD && n < 2; ++n) init(shared.k_ahead_full(n), 0, shared.k_ahead_empty(n));
     barrier_init_fence();
   }
   sync_threads();
@@ -545,6 +581,9 @@ __global__ void __launch_bounds__(L::THREADS, 1) jvp_attention_kernel(const __gr
     registers_decrease<24>();
     if (thread_index() == 0) copy_keys<L>(p, shared);
     if (thread_index() == 32) copy_queries<L>(p, shared);
+    if constexpr (L::AHEAD) {
+      if (thread_index() == 64) copy_keys_ahead<L>(p, shared);
+    }
   } else if (warpgroup < L::FIRST) {  // and 128 x 24 + 128 x 88 + 256 x 200 the 512 x 128
     registers_decrease<88>();
     if constexpr (L::COSINE) normalise_all<Element, L>(p, shared);
@@ -567,13 +606,13 @@ __global__ void __launch_bounds__(WARPGROUP, 4) jvp_attention_small_kernel(const
   if (thread_index() == 0) {
     for (uint32_t full : {shared.q_full(), shared.k_full(0), shared.v_full(0)}) barrier_init(full, 1);
     barrier_init_fence();
-    const auto load = [&](uint32_t full, uint32_t x, const CUtensorMap& from_x, const CUtensorMap& from_tx, int which) {
+    const auto copy = [&](uint32_t full, uint32_t to, const CUtensorMap& x, const CUtensorMap& tx, int which) {
       barrier_arrive_expect(full, 2 * L::TILE);
-      load_pair<L>(x, &from_x, &from_tx, full, 0, p, head, which);
+      load_pair<L>(to, x, tx, full, 0, p, head, which);
     };
-    load(shared.q_full(), shared.q(0), p.q, p.tq, 0);
-    load(shared.k_full(0), shared.k(0), p.k, p.tk, 1);
-    load(shared.v_full(0), shared.v(0), p.v, p.tv, 2);
+    copy(shared.q_full(), shared.q(0), p.q, p.tq, 0);
+    copy(shared.k_full(0), shared.k(0), p.k, p.tk, 1);
+    copy(shared.v_full(0), shared.v(0), p.v, p.tv, 2);
   }
   sync_threads();
   float s[32], ts[32], m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, r[2] = {0, 0}, alpha[2];
