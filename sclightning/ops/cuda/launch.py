@@ -18,7 +18,7 @@ from . import build
 __all__ = ["attention_jvp", "attention_vjp", "cosine_jvp"]
 
 # Head dimension: fewest keys from which these kernels are chosen over Triton's: where they are faster in
-# benchmarks/results/jvp_attention.json. Their kernel of small heads, up to 64 keys, is faster for cosine attention only.
+# benchmarks/results/jvp_attention.json. The kernel of small heads, up to 64 keys, is faster for cosine attention only.
 FEWEST_KEYS = {64: 65, 72: 65, 128: 65, 256: 65}
 FEWEST_POSITIONS = {64: 1}  # of cosine attention, whose kernel has D = 64 only
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the trial: well above the errors of a kernel that is right
