@@ -48,8 +48,16 @@ def checkpoint_blocks(network: nn.Module) -> None:
     """Have each block keep its inputs only, and compute its activations again in the backward pass.
 
     To be called before :func:`shard`, whose hooks must lie outside.
+
+    Raises:
+        ValueError: If the network has no module lists, whose entries the blocks are.
     """
-    for block in blocks(network):
+    if not (found := blocks(network)):
+        raise ValueError(
+            f"activation_checkpointing found no blocks in {type(network).__name__}, which has no nn.ModuleList or "
+            "nn.ModuleDict; put its blocks into one, or leave the option out."
+        )
+    for block in found:
         if "forward" not in vars(block):
             block.forward = functools.partial(_recompute, block.forward)
 

@@ -173,6 +173,18 @@ def test_resuming_without_the_average_is_noticed(make_plain_net, quiet, tmp_path
         assert any("without the callback EMA" in str(w.message) for w in recwarn) == warned
 
 
+def test_a_new_average_in_a_resumed_run_is_noticed(make_plain_net, quiet, tmp_path, loader, recwarn):
+    """A checkpoint that was saved after ``fit`` has the average as its weights and no average to continue."""
+    module, trainer = make_module(make_plain_net), L.Trainer(**quiet, max_steps=3, callbacks=[EMA(decay=0.9)])
+    trainer.fit(module, loader)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    run(make_module(make_plain_net), quiet, tmp_path, loader, EMA(decay=0.9), SaveAt(3, tmp_path))
+    for name, warned in (("step3", False), ("after", True)):
+        recwarn.clear()
+        run(make_module(make_plain_net), quiet, tmp_path, loader, EMA(decay=0.9), ckpt_path=tmp_path / f"{name}.ckpt")
+        assert any("no average to continue" in str(w.message) for w in recwarn) == warned
+
+
 def test_fit_without_a_step_leaves_the_weights(make_plain_net, quiet, tmp_path, loader):
     module = make_module(make_plain_net)
     before = vector(module)
@@ -249,6 +261,19 @@ def test_checkpoint_has_averages_in_place_and_the_rest_beside(make_plain_net, qu
     assert torch.equal(stacked(saved["ema"]["weights"]), weights.rows[4])
     assert saved["ema"]["images"] == 5 * B
     assert any(name.startswith("adaptive_weight") for name in saved["state_dict"])
+
+
+def test_checkpoint_has_averages_under_all_names_of_a_shared_parameter(make_plain_net, quiet, tmp_path, loader):
+    """The last name is what is loaded last, so it must not bring the weights in training."""
+    net = make_plain_net()
+    net.twin = net.conv0
+    module = TrigFlowDiffusion(net, sigma_data=0.752, optimizer=lambda p: torch.optim.Adam(p, lr=0.1))
+    ema = EMA(decay=0.9)
+    run(module, quiet, tmp_path, loader, ema, after := Averages(ema), SaveAt(3, tmp_path), max_steps=4)
+    saved = torch.load(tmp_path / "step3.ckpt", weights_only=True)["state_dict"]
+    module.load_state_dict(saved)
+    assert torch.equal(vector(module), after.rows[2])
+    assert torch.equal(saved["backbone.twin.weight"], saved["backbone.conv0.weight"])
 
 
 @pytest.mark.parametrize("options", [{"decay": 0.9}, {"half_life": 30, "ramp_up": 0.5}, {"sigma_rel": 0.1}])

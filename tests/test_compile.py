@@ -126,6 +126,12 @@ def fit(module, quiet, tmp_path, **options):
     return trainer
 
 
+def test_options_of_compile(make_plain_net):
+    """An empty dictionary is as good as true: no option differs from torch.compile's own."""
+    make = lambda compile: ConsistencyTraining(make_plain_net(), sigma_data=SD, compile=compile)  # noqa: E731
+    assert [make(option).compile_options for option in (False, True, {})] == [None, {}, {}]
+
+
 def test_nothing_is_compiled_after_the_first_step(quiet, tmp_path):
     """Warm-up, weight normalisation, average and a validation with samples: one graph each of loss and weights."""
     net = randomize(EDM2(**TINY | {"channels": 8, "head_channels": 8}))

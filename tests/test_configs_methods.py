@@ -33,6 +33,8 @@ def test_numbers_of_the_paper(name):
     with torch.device("meta"):
         run, other = load(f"methods/{name}"), load("sct_cifar10" if name == "ect_cifar10" else "scd_m")
     assert type(run.model) is KINDS[name] and run.trainer.max_steps == STEPS[name]
+    steps = run.config.evaluation.init_args.steps  # as many of the model's times are used in a test
+    assert (steps or [1]) == list(range(1, 1 + len(run.model.times)))
     config, twin = run.config, other.config
     init, same = config.model.init_args, twin.model.init_args
     assert config.data.init_args == twin.data.init_args and config.trainer.precision == twin.trainer.precision

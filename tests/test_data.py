@@ -183,8 +183,9 @@ def test_run_without_an_end_is_refused(make_plain_net, quiet, tmp_path):
         trainer.fit(module, datamodule=DigitsDataModule())
     assert "\n" not in str(error.value)
     data = DigitsDataModule()
-    data.trainer = L.Trainer(**quiet, max_time="00:00:00:01", default_root_dir=tmp_path)
-    data.setup("fit")
+    for end in ({"max_time": "00:00:00:01"}, {"max_epochs": 1, "limit_train_batches": 3}):
+        data.trainer = L.Trainer(**quiet, **end, default_root_dir=tmp_path)
+        data.setup("fit")
     data.trainer = trainer
     data.setup("test")
 
@@ -317,6 +318,24 @@ def test_fashion_mnist_that_is_nowhere_is_refused(tmp_path, no_debian_package, m
     with pytest.raises(FileNotFoundError, match=r"dataset-fashion-mnist.*root.*download") as error:
         FashionMNISTDataModule(root=str(tmp_path), download=download).split("train")
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_fashion_mnist_is_downloaded_before_it_is_read(tmp_path, no_debian_package, monkeypatch):
+    """Once, in ``prepare_data``, which Lightning calls on one process; and not if it is there."""
+    calls = []
+
+    def download(root, download):
+        calls.append(root)
+        for prefix in ("train", "t10k"):
+            write_idx(tmp_path / f"{prefix}-images-idx3-ubyte", np.zeros((2, 28, 28), np.uint8), False)
+            write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", np.zeros(2, np.uint8), False)
+
+    monkeypatch.setattr("sclightning.data.fashion_mnist.FashionMNIST", download)
+    data = FashionMNISTDataModule(root=str(tmp_path))
+    data.prepare_data()
+    assert calls == [str(tmp_path)] and len(data.split("train")) == len(data.split("held_out")) == 2
+    data.prepare_data()
+    assert len(calls) == 1
 
 
 def test_black_below_the_greys(tmp_path, no_debian_package):

@@ -197,6 +197,18 @@ def test_label_dropout_rate(make_net):
         assert torch.equal(seen[0][kept], (torch.arange(1000) % 10)[kept])
 
 
+def test_batches_that_are_none(make_plain_net, make_net):
+    """Images alone may come in a list; images to validate on, and labels that cannot be dropped, are refused."""
+    module = TrigFlowDiffusion(make_plain_net(), sigma_data=SD)
+    x_0 = SD * torch.randn(4, 1, 8, 8)
+    assert torch.equal(module.training_step([x_0], 0), module.training_step(x_0, 0))
+    with pytest.raises(TypeError, match=r"SampleRequest, but got list"):
+        module.validation_step([x_0], 0)
+    module = TrigFlowDiffusion(make_net(), sigma_data=SD, label_dropout=0.1)
+    with pytest.raises(TypeError, match=r"label_dropout.*dict"):
+        module.training_step((x_0, {"text": torch.zeros(4, 3)}), 0)
+
+
 # --- Randomness -------------------------------------------------------------------------------------------------------
 
 

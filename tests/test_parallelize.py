@@ -427,6 +427,12 @@ def test_blocks_are_what_the_lists_hold():
     assert blocks(nested) == list(nested.body.layers)
 
 
+def test_a_network_without_blocks_is_refused():
+    """It would save nothing and take two passes."""
+    with pytest.raises(ValueError, match=r"no blocks in PlainNet.*ModuleList"):
+        checkpoint_blocks(PlainNet())
+
+
 def test_checkpointed_blocks_keep_their_inputs_only():
     """The same gradients, dropout too; fewer tensors kept; twice is once."""
     kept, gradients = [], []

@@ -161,6 +161,18 @@ def test_reconstruction_is_the_average_that_was_not_kept(make_plain_net, quiet, 
     assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
 
 
+@pytest.mark.parametrize("callbacks", [[], [EMA(sigma_rel=0.08)]])
+def test_reconstruction_has_all_names_of_a_shared_parameter(make_plain_net, quiet, tmp_path, loader, callbacks):
+    net = make_plain_net()
+    net.twin = net.conv0
+    module = TrigFlowDiffusion(net, sigma_data=0.75, optimizer=lambda p: torch.optim.Adam(p, lr=0.1))
+    fit(module, quiet, tmp_path, loader, PostHocEMA(every_n_steps=4), *callbacks, Save(16), max_steps=16)
+    reconstruct(ckpt_path=str(tmp_path / "step16.ckpt"), sigma_rel=0.07, output=str(tmp_path / "ema.ckpt"))
+    before, after = load(tmp_path / "step16.ckpt"), load(tmp_path / "ema.ckpt")
+    assert torch.equal(after["backbone.twin.weight"], after["backbone.conv0.weight"])
+    assert not torch.equal(after["backbone.twin.weight"], before["backbone.twin.weight"])
+
+
 def test_an_average_may_end_earlier(make_plain_net, quiet, tmp_path, loader, capsys):
     """``step``: of a stored width it is that snapshot, and what came later does not count."""
     fit(make_module(make_plain_net), quiet, tmp_path, loader, PostHocEMA(every_n_steps=4), Save(16), max_steps=16)

@@ -6,6 +6,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from sclightning.parallelize import full, is_sharded, local, shard_like
@@ -119,19 +120,28 @@ class EMA(L.Callback):
         """Averages into ``state_dict``, weights in training beside it."""
         if self._average:
             state, weights = checkpoint["state_dict"], {}
+            names: dict[int, list[str]] = {}  # a parameter that layers share has several, and all are loaded
+            for name, weight in pl_module.backbone.named_parameters(remove_duplicate=False):
+                names.setdefault(id(weight), []).append(name)
             for name, weight in pl_module.backbone.named_parameters():
-                key, average = f"backbone.{name}", self._average[name]
+                keys, average = [f"backbone.{alias}" for alias in names[id(weight)]], self._average[name]
                 weights[name] = full(self._live.get(name, weight.detach()))
                 # A folder of shards takes the average's; a file takes the whole, on the one process that writes it.
-                if not is_sharded(state.get(key)):
+                if not is_sharded(state.get(keys[0])):
                     average = full(average)
-                if key in state:
-                    state[key] = average
+                state.update({key: average for key in keys if key in state})
             checkpoint["ema"] = {"weights": weights, "images": self.images, "pending": self._pending}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
         """Continue the average, with the weights in training back in the module."""
-        if trainer.state.fn == TrainerFn.FITTING and "ema" in checkpoint:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if "ema" not in checkpoint:
+            rank_zero_warn(
+                "The checkpoint has no average to continue (it was saved after fit, its weights being the average, or "
+                "by a run without EMA), and a new one begins; give --ckpt_path one that was saved during fit."
+            )
+        else:
             saved = checkpoint["ema"]
             # The module has just been given the averages: they are what state_dict holds.
             self._average = {name: weight.detach().clone() for name, weight in pl_module.backbone.named_parameters()}

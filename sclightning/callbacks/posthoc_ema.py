@@ -217,6 +217,8 @@ def reconstruct(
                 name, tensor = f"backbone.{key.partition('/')[2]}", file.get_tensor(key).double()
                 total[name] = total.get(name, 0) + coefficient * tensor
     state = checkpoint["state_dict"]
+    shared = {state[name].data_ptr(): name for name in total if name in state}  # a parameter under its other names
+    total |= {k: total[shared[v.data_ptr()]] for k, v in state.items() if k not in total and v.data_ptr() in shared}
     wrong = [k for k, v in total.items() if k not in state or state[k].shape != v.shape]
     if wrong:
         raise ValueError(f"The snapshots in {folder} are of another network than {ckpt_path} (first {wrong[0]}).")

@@ -122,9 +122,13 @@ class ImageDataModule(L.LightningDataModule):
         """Refuse a run that would never end.
 
         Raises:
-            ValueError: If neither ``max_steps`` nor ``max_time`` is set.
+            ValueError: If none of ``max_steps``, ``max_time`` and ``limit_train_batches`` is set.
         """
-        bounded = self.trainer.max_steps != -1 or any(isinstance(c, Timer) for c in self.trainer.callbacks)
+        trainer = self.trainer
+        bounded = trainer.max_steps != -1 or any(isinstance(c, Timer) for c in trainer.callbacks)
+        bounded |= (
+            isinstance(trainer.limit_train_batches, int) and trainer.max_epochs != -1
+        )  # epochs end, and are so many
         if stage == "fit" and not bounded:
             raise ValueError("The training data is an endless stream and the run has no end; set trainer.max_steps.")
 

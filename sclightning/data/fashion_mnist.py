@@ -1,5 +1,6 @@
 """Fashion-MNIST: 70,000 grey images of clothing, padded from 28x28 to 32x32."""
 
+import contextlib
 import gzip
 from pathlib import Path
 
@@ -58,26 +59,32 @@ class FashionMNISTDataModule(ImageDataModule):
         """Images in {0, …, 255} as training data, float32 in [-1, 1] but for black."""
         return super().from_uint8(images).masked_fill(images == 0, self.black)
 
+    def prepare_data(self) -> None:
+        """Download on one process, before the others read, what is not there."""
+        if self.download and None in [path for split in _FILES for path in self._paths(split)]:
+            with contextlib.suppress(OSError, RuntimeError):  # reading says what is to be done
+                FashionMNIST(self.root, download=True)
+
     def read(self, split: Split) -> ArrayDataset:
         """Images and labels of torchvision's split.
 
         Raises:
             FileNotFoundError: If the files are nowhere and may or can not be downloaded.
         """
-        paths = [self._find(f"{_FILES[split]}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
+        if None in self._paths(split):
+            self.prepare_data()  # without a Trainer nobody else has
+        paths = self._paths(split)
         if None in paths:
-            try:
-                dataset = FashionMNIST(self.root, train=split == "train", download=self.download)
-            except (OSError, RuntimeError) as error:
-                raise FileNotFoundError(
-                    f"Fashion-MNIST is neither in {self.root} nor in /usr/share/datasets/fashion-mnist, and was not "
-                    "downloaded; install Debian's dataset-fashion-mnist, set data.init_args.root, or allow "
-                    "data.init_args.download and a connection."
-                ) from error
-            images, labels = dataset.data.numpy(), dataset.targets.numpy()
-        else:
-            images, labels = (_read_idx(path) for path in paths)
+            raise FileNotFoundError(
+                f"Fashion-MNIST is neither in {self.root} nor in /usr/share/datasets/fashion-mnist, and was not "
+                "downloaded; install Debian's dataset-fashion-mnist, set data.init_args.root, or allow "
+                "data.init_args.download and a connection."
+            )
+        images, labels = (_read_idx(path) for path in paths)
         return ArrayDataset(np.pad(images[:, None], ((0, 0), (0, 0), (2, 2), (2, 2))), labels.astype(np.int64))
+
+    def _paths(self, split: Split) -> list[Path | None]:
+        return [self._find(f"{_FILES[split]}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
 
     def _find(self, name: str) -> Path | None:
         folders = [Path(self.root), Path(self.root) / "FashionMNIST/raw", Path("/usr/share/datasets/fashion-mnist")]

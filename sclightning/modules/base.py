@@ -61,7 +61,7 @@ class TrigFlowModule(L.LightningModule):
         self.guidance_scale, self.seed = guidance_scale, seed
         self.provenance: list[dict] = []
         # nn.Module has a method named compile.
-        self.compile_options = {} if compile is True else compile or None
+        self.compile_options = {} if compile is True else None if compile is False else compile
         self.channels_last, self.activation_checkpointing = channels_last, activation_checkpointing
         self._seen: set[nn.Module] = set()
         self._range_checked = False
@@ -212,7 +212,16 @@ class TrigFlowModule(L.LightningModule):
         raise NotImplementedError(f"{type(self).__name__} does not define a sampler.")
 
     def validation_step(self, batch: SampleRequest, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Samples for a request; callbacks look at them."""
+        """Samples for a request; callbacks look at them.
+
+        Raises:
+            TypeError: If the loader gives something else, images for one.
+        """
+        if not isinstance(batch, SampleRequest):
+            raise TypeError(
+                f"Validation, test and prediction make samples and need loaders of sclightning.data.SampleRequest, but "
+                f"got {type(batch).__name__}; see docs/extending.md, or leave the loader out."
+            )
         return self.sample(batch.index, batch.shape, batch.label)
 
     test_step = predict_step = validation_step
@@ -315,7 +324,7 @@ class TrigFlowModule(L.LightningModule):
 
     @staticmethod
     def _split(batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        return (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
+        return (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1] if len(batch) > 1 else None)
 
     def _call(
         self,

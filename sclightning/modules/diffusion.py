@@ -67,6 +67,11 @@ class TrigFlowDiffusion(TrigFlowModule):
         augment = batch[2] if isinstance(batch, tuple | list) and len(batch) > 2 else None
         with self._draw(x_0, batch_idx) as (z, t):
             if label is not None and self.label_dropout > 0:
+                if not isinstance(label, Tensor):
+                    raise TypeError(
+                        f"label_dropout needs labels in one tensor of class numbers, but the batch has a "
+                        f"{type(label).__name__}; drop yours in the data module and set label_dropout to 0."
+                    )
                 label = label.masked_fill(torch.rand(len(label), device=label.device) < self.label_dropout, -1)
             loss = self._average(self._evaluate(x_0, z, t, label, None, augment))
         self._report(loss=loss)
