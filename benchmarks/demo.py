@@ -9,6 +9,7 @@ model to the floor, the training half's own distance, and no lower. Those to the
 Usage: python benchmarks/demo.py
 """
 
+import argparse
 import json
 import platform
 import time
@@ -87,6 +88,7 @@ def draw(rows: dict[str, Tensor], scale: int, margin: int = 130) -> Image.Image:
 
 def main() -> None:
     """Train, test, compare."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     start = time.time()
     classifier = OUT / "classifier.pt"
     print(f"classifier of the Fréchet distance: held-out accuracy {train_classifier('digits', classifier):.3f}")

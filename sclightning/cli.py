@@ -93,18 +93,39 @@ class SCLightningCLI(LightningCLI):
         config["evaluation"] = self._evaluation
 
     def before_fit(self) -> None:
-        """Say so if the end of the run will not be in its last checkpoint: Lightning saves at multiples only."""
+        """Say so if the end of the run will not be in its last checkpoint: Lightning saves at multiples only.
+
+        Raises:
+            ValueError: If the schedule of the learning rate ends before the run.
+        """
+        end = self.config[self.subcommand].get("model.init_args.lr_scheduler.init_args.total_steps")
+        if end is not None and self.trainer.max_steps > end:
+            raise ValueError(
+                f"trainer.max_steps is {self.trainer.max_steps} and the schedule of the learning rate ends at {end}; "
+                "set model.lr_scheduler.init_args.total_steps to as many."
+            )
         steps, callbacks = self.trainer.max_steps, self.trainer.checkpoint_callbacks
         intervals = [getattr(callback, "_every_n_train_steps", 0) for callback in callbacks]
         if steps > 0 and intervals and all(every and steps % every for every in intervals):
             last = max(steps // every * every for every in intervals)
+            if last:  # a run without any multiple is saved when it ends
+                rank_zero_warn(
+                    f"The last checkpoint will be of step {last} of {steps}; set every_n_train_steps of "
+                    "ModelCheckpoint to a divisor."
+                )
+
+    def _look_for_weights(self) -> None:
+        if self.config[self.subcommand].get("ckpt_path") is None and not self.model.provenance:
             rank_zero_warn(
-                f"The last checkpoint will be of step {last} of {steps}; set every_n_train_steps of ModelCheckpoint to "
-                "a divisor."
+                "There is no --ckpt_path, so the network has the weights that it was made with, which are random "
+                "unless its class loads some."
             )
+
+    before_validate = before_predict = _look_for_weights
 
     def before_test(self) -> None:
         """Measure what the config's ``evaluation`` says, and print no table beside that of the evaluation."""
+        self._look_for_weights()
         if self._evaluation is not None:
             parser = ArgumentParser()
             parser.add_subclass_arguments(FIDEvaluation, "evaluation")
@@ -170,8 +191,12 @@ def _quieten() -> None:
 
 def _sentence(error: BaseException | None) -> str | None:
     """What to tell the user: the first error in the chain of causes that was written for one."""
+    misled = False
     while error is not None:
-        if isinstance(error, argparse.ArgumentError):
+        if "Config file loop detected" in str(error) and (cause := error.__cause__ or error.__context__):
+            misled, error = True, cause  # jsonargparse says so of any mistake in the file of a part
+            continue
+        if isinstance(error, argparse.ArgumentError) or misled:
             # jsonargparse lists every type that a value is not; the line that helps says neither of these.
             noise = r"\s*(Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value)"
             lines = [line for line in str(error).splitlines() if line.strip() and not re.match(noise, line)]

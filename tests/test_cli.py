@@ -288,6 +288,23 @@ def test_wrong_type_and_unknown_class(teacher, capsys):
     assert "TrigFlowDifusion" in line and len(line) < 600
 
 
+@pytest.mark.parametrize("mistake", [("channels", "chanels"), ("DDPMpp", "DDPMpq"), ("channels: 8", "channels: abc")])
+def test_mistake_in_the_file_of_a_part(teacher, tmp_path, capsys, mistake):
+    """A network's own file, beside the folder of the run's: the mistake is named, not the file that has it."""
+    config, part = yaml.safe_load(teacher.config.read_text()), tmp_path / "backbone/tiny.yaml"
+    text = yaml.safe_dump(config["model"]["init_args"]["backbone"])
+    config["model"]["init_args"]["backbone"] = "../backbone/tiny.yaml"
+    for folder in ("backbone", "runs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "runs/run.yaml").write_text(yaml.safe_dump(config))
+    part.write_text(text)
+    command = ["fit", "--config", tmp_path / "runs/run.yaml", "--trainer.logger=false"]
+    main([str(arg) for arg in command])
+    part.write_text(text.replace(*mistake))
+    line = refuse(capsys, *command)
+    assert mistake[0] in text and mistake[1].split()[-1] in line and "loop" not in line
+
+
 def test_file_that_is_not_yaml_and_file_that_is_not_there(teacher, tmp_path, capsys):
     """The place in the one is named, and the path of the other."""
     broken = tmp_path / "broken.yaml"
@@ -352,6 +369,37 @@ def test_test_without_measure_says_so(teacher):
     """Samples that nothing looks at are made without a number: the option that gives one is named."""
     with pytest.warns(UserWarning, match="--evaluation="):
         main(["test", "--config", str(teacher.config), "--ckpt_path", str(teacher.ckpt), "--model.steps=1"])
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+def test_samples_of_an_untrained_network_are_told(student, command, tmp_path, recwarn):
+    """Without a checkpoint the weights are random, which a table or a picture does not say."""
+    arguments = [command, "--config", str(student.config), f"--samples.folder={tmp_path}", "--model.times=[1.5]"]
+    for extra in ([], [f"--ckpt_path={student.ckpt}"]):
+        recwarn.clear()
+        main([*arguments, *extra])
+        assert any("no --ckpt_path" in str(w.message) for w in recwarn) == (not extra)
+
+
+def test_schedule_that_ends_before_the_run(teacher, capsys):
+    """Torch would raise in the middle of it."""
+    schedule = "{class_path: torch.optim.lr_scheduler.OneCycleLR, init_args: {max_lr: 0.01, total_steps: 5}}"
+    command = ["fit", "--config", teacher.config, f"--model.lr_scheduler={schedule}", "--trainer.max_steps=6"]
+    line = refuse(capsys, *command)
+    assert "max_steps is 6" in line and "ends at 5" in line and "total_steps" in line
+
+
+def test_teacher_for_other_data(student, capsys):
+    """Its velocity would be that of another standard deviation."""
+    line = refuse(capsys, "fit", "--config", student.config, "--model.sigma_data=0.76")
+    assert "sigma_data=0.752" in line and "0.76" in line
+
+
+def test_a_run_shorter_than_an_interval_is_saved_when_it_ends(tmp_path, write_config, recwarn):
+    config = write_config(tmp_path, trainer={"max_steps": 2})
+    main(["fit", "--config", str(config)])
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert not any("last checkpoint" in str(w.message) for w in recwarn)
 
 
 def test_fit_says_which_steps_the_last_checkpoint_will_lack(tmp_path, write_config):

@@ -180,7 +180,7 @@ def test_an_average_may_end_earlier(make_plain_net, quiet, tmp_path, loader, cap
     reconstruct(ckpt_path=ckpt_path, sigma_rel=0.1, step=8)
     assert "sigma_rel 0.1 that ends at step 8, from 4 snapshots; its profile is met to 0.0%" in capsys.readouterr().out
     tensors, _ = snapshot(tmp_path / "posthoc_ema" / "step_000000008.safetensors")
-    for name, weight in load(tmp_path / "step16_sigma_rel0.1.ckpt").items():
+    for name, weight in load(tmp_path / "sigma_rel0.1_step16.ckpt").items():
         if name.startswith("backbone."):
             expected = tensors[f"0.1/{name.removeprefix('backbone.')}"].float()
             torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-6)
@@ -223,7 +223,7 @@ def test_resumed_run_writes_the_snapshots_of_an_unbroken_one(make_plain_net, qui
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(unbroken, broken, strict=True))
     # Snapshots behind the checkpoint are not those of this checkpoint's run.
     reconstruct(ckpt_path=str(tmp_path / "broken" / "step3.ckpt"), sigma_rel=0.05)
-    assert torch.load(tmp_path / "broken" / "step3_sigma_rel0.05.ckpt", weights_only=True)["average"]["snapshots"] == 1
+    assert torch.load(tmp_path / "broken" / "sigma_rel0.05_step3.ckpt", weights_only=True)["average"]["snapshots"] == 1
 
 
 def test_snapshots_of_another_run_are_not_overwritten(make_plain_net, quiet, tmp_path, loader):
@@ -309,7 +309,7 @@ def test_command_makes_a_checkpoint_like_any_other(tmp_path, write_config, capsy
     main(["fit", "--config", str(config)])
     last = tmp_path / "teacher" / "last.ckpt"
     main(["ema", "--ckpt_path", str(last), "--sigma_rel", "0.07"])
-    made = tmp_path / "teacher" / "last_sigma_rel0.07.ckpt"
+    made = tmp_path / "teacher" / "sigma_rel0.07_last.ckpt"
     assert str(made) in capsys.readouterr().out
     state, before = load(made), load(last)
     assert state.keys() == before.keys()

@@ -64,6 +64,11 @@ def test_other_data_than_expected_is_refused(root, expected, message):
     assert "\n" not in str(error.value)
 
 
+def test_labels_may_be_left_out(root):
+    """Of labelled data, for an unconditional network."""
+    assert len(open_split(root, "train", **EXPECTED | {"num_classes": 0})) == 10
+
+
 def test_missing_and_changed_files_are_refused(root):
     with pytest.raises(FileNotFoundError, match=r"no prepared data at .*held_out.json; make it with 'sclightning prep"):
         open_split(root, "held_out", **EXPECTED)

@@ -32,7 +32,7 @@ class PostHocEMA(L.Callback):
     Args:
         sigma_rels: Relative widths of the averages, two or more (EDM2: 0.05 and 0.10).
         every_n_steps: Optimizer steps between snapshots (EDM2: every 8 million images).
-        folder: Where to; ``posthoc_ema`` in the run's folder if not given.
+        folder: Where to; ``posthoc_ema`` beside the run's checkpoints if not given.
         dtype: Precision of the files (EDM2: float16); the averages themselves have that of the weights.
     """
 
@@ -58,7 +58,8 @@ class PostHocEMA(L.Callback):
             FileExistsError: If the folder has the snapshots of another run.
         """
         if self.folder is None:
-            self.folder = str(Path(trainer.log_dir or trainer.default_root_dir) / "posthoc_ema")
+            folders = [callback.dirpath for callback in trainer.checkpoint_callbacks if hasattr(callback, "dirpath")]
+            self.folder = str(Path([*folders, trainer.log_dir or trainer.default_root_dir][0]) / "posthoc_ema")
         if not self._resumed and any(Path(self.folder).glob("*.safetensors")):
             raise FileExistsError(
                 f"{self.folder} has snapshots of an earlier run; move them away, give PostHocEMA another folder, or "
@@ -178,7 +179,7 @@ def reconstruct(
     Args:
         ckpt_path: Checkpoint of the run; later snapshots are not looked at.
         sigma_rel: Relative width of the average, between 0 and 0.2887.
-        output: File to write; beside the checkpoint and named after it if not given.
+        output: File to write; ``sigma_rel…_`` and the checkpoint's name, beside it, if not given.
         snapshots: Folder of the snapshots; ``posthoc_ema`` beside the checkpoint if not given.
         step: Optimizer step where the average ends, one that has a snapshot; the last if not given.
 
@@ -231,7 +232,9 @@ def reconstruct(
     for key in [key for key in checkpoint if re.match("optimizer_|lr_schedulers|ema$|posthoc_ema$", key)]:
         del checkpoint[key]
     checkpoint["average"] = {"sigma_rel": sigma_rel, "step": step, "snapshots": len(ends), "profile_error": error}
-    target = Path(output) if output else source.with_name(f"{source.stem}_sigma_rel{sigma_rel}.ckpt")
+    target = (
+        Path(output) if output else source.with_name(f"sigma_rel{sigma_rel}_{source.stem}.ckpt")
+    )  # not last…, to which --ckpt_path=last might go
     target.parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint, target.with_suffix(".tmp"))
     target.with_suffix(".tmp").replace(target)  # it may be the file whose memory map the checkpoint is

@@ -58,10 +58,10 @@ def open_split(
             f"The latents in {root} were encoded in the convention '{metadata['convention']}', the data module was "
             f"given '{convention}'; set data.init_args.convention to the first or prepare the data in the second."
         )
-    if metadata["num_classes"] != num_classes:
+    if num_classes not in (0, metadata["num_classes"]):  # 0: without the labels that there are
         raise ValueError(
             f"The data in {root} has {metadata['num_classes']} classes, the data module was given {num_classes}; set "
-            "data.init_args.num_classes, and the network's, to the first."
+            "data.init_args.num_classes, and the network's, to the first, or to 0 to leave the labels out."
         )
     array = _map(root, metadata, kind, dtype, shape)
     labels = _map(root, metadata, "labels", np.int64, ())

@@ -71,11 +71,11 @@ class ConsistencyModel(TrigFlowModule):
 
         Raises:
             FileNotFoundError: If there is no teacher checkpoint.
-            ValueError: If its network is not this one, a guidance embedding apart.
+            ValueError: If its network is not this one, a guidance embedding apart, or its ``sigma_data`` another.
         """
         super().setup(stage)
         if stage == "fit" and self.teacher_checkpoint is not None and not self._started:
-            load_backbone(self.backbone, self.teacher_checkpoint)
+            load_backbone(self.backbone, self.teacher_checkpoint, self.sigma_data)
             self._started = True
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
@@ -345,7 +345,7 @@ class ConsistencyDistillation(ConsistencyModel):
                     nn.init.zeros_(module.weight)  # no segments to a teacher, whatever the student has learnt
         if self.teacher_checkpoint is not None and (given or started):  # else the copy has its weights already
             network = self.teacher.network if isinstance(self.teacher, Guided) else self.teacher
-            load_backbone(network, self.teacher_checkpoint)
+            load_backbone(network, self.teacher_checkpoint, self.sigma_data)
         self.teacher.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "ConsistencyDistillation":
@@ -385,12 +385,13 @@ def _miss_no_teacher(module: nn.Module, incompatible: Any) -> None:
     incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not name.startswith("teacher.")]
 
 
-def load_backbone(backbone: nn.Module, checkpoint: str | None) -> nn.Module:
+def load_backbone(backbone: nn.Module, checkpoint: str | None, sigma_data: float | None = None) -> nn.Module:
     """Load the backbone's weights out of a checkpoint of a module: the averaged ones where it was trained with EMA.
 
     Args:
         backbone: Network to fill. Those of a guidance or segment embedding, which the checkpoint may lack, stay.
         checkpoint: Path of a Lightning checkpoint, a file or a folder of shards; with None the network stays as it is.
+        sigma_data: What the checkpoint's module must have had, if it says and this is given.
 
     Returns:
         ``backbone``, so that this function can be a ``class_path`` of a config, with the attribute ``provenance``: the
@@ -398,7 +399,7 @@ def load_backbone(backbone: nn.Module, checkpoint: str | None) -> nn.Module:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the checkpoint holds another network.
+        ValueError: If the checkpoint holds another network, or one for data of another standard deviation.
     """
     if checkpoint is None:
         return backbone
@@ -407,7 +408,14 @@ def load_backbone(backbone: nn.Module, checkpoint: str | None) -> nn.Module:
             f"There is no teacher checkpoint at {checkpoint}; train the teacher first, or set "
             "model.init_args.teacher_checkpoint to where it is."
         )
-    state = backbone_weights(read_checkpoint(checkpoint))
+    read = read_checkpoint(checkpoint)
+    trained = read.get("hyper_parameters", {}).get("sigma_data")
+    if None not in (sigma_data, trained) and trained != sigma_data:
+        raise ValueError(
+            f"The teacher checkpoint {checkpoint} was trained with sigma_data={trained} and this model has "
+            f"{sigma_data}, with which its velocity would be wrong; set model.init_args.sigma_data to the first."
+        )
+    state = backbone_weights(read)
     wrong = [
         name
         for name in mismatched(backbone.state_dict(), state)
