@@ -218,8 +218,9 @@ def reconstruct(
                 name, tensor = f"backbone.{key.partition('/')[2]}", file.get_tensor(key).double()
                 total[name] = total.get(name, 0) + coefficient * tensor
     state = checkpoint["state_dict"]
-    shared = {state[name].data_ptr(): name for name in total if name in state}  # a parameter under its other names
-    total |= {k: total[shared[v.data_ptr()]] for k, v in state.items() if k not in total and v.data_ptr() in shared}
+    place = lambda tensor: (tensor.data_ptr(), tensor.shape)  # noqa: E731 - of a parameter that layers share, the same
+    shared = {place(state[name]): name for name in total if name in state}
+    total |= {k: total[shared[place(v)]] for k, v in state.items() if k not in total and place(v) in shared}
     wrong = [k for k, v in total.items() if k not in state or state[k].shape != v.shape]
     if wrong:
         raise ValueError(f"The snapshots in {folder} are of another network than {ckpt_path} (first {wrong[0]}).")
@@ -232,9 +233,8 @@ def reconstruct(
     for key in [key for key in checkpoint if re.match("optimizer_|lr_schedulers|ema$|posthoc_ema$", key)]:
         del checkpoint[key]
     checkpoint["average"] = {"sigma_rel": sigma_rel, "step": step, "snapshots": len(ends), "profile_error": error}
-    target = (
-        Path(output) if output else source.with_name(f"sigma_rel{sigma_rel}_{source.stem}.ckpt")
-    )  # not last…, to which --ckpt_path=last might go
+    # Not last…, to which --ckpt_path=last might go.
+    target = Path(output) if output else source.with_name(f"sigma_rel{sigma_rel}_{source.stem}.ckpt")
     target.parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint, target.with_suffix(".tmp"))
     target.with_suffix(".tmp").replace(target)  # it may be the file whose memory map the checkpoint is

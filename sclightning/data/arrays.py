@@ -126,9 +126,7 @@ class ImageDataModule(L.LightningDataModule):
         """
         trainer = self.trainer
         bounded = trainer.max_steps != -1 or any(isinstance(c, Timer) for c in trainer.callbacks)
-        bounded |= (
-            isinstance(trainer.limit_train_batches, int) and trainer.max_epochs != -1
-        )  # epochs end, and are so many
+        bounded |= isinstance(trainer.limit_train_batches, int) and trainer.max_epochs != -1
         if stage == "fit" and not bounded:
             raise ValueError("The training data is an endless stream and the run has no end; set trainer.max_steps.")
 
