@@ -358,14 +358,6 @@ def under_trainer(
     return {"ms": round(timer.ms, 3), "images_per_second": round(1000 * batch * devices / timer.ms, 1)}
 
 
-def alone(name: str, args: argparse.Namespace, device: int) -> dict:
-    """As :func:`under_trainer`, in a process of its own, on one device."""
-    if args.device == "cuda":
-        torch.cuda.set_device(device)
-    make, batch = (TINY if args.tiny else NETWORKS)[name]
-    return under_trainer(make, args.batch or batch, 1, args)
-
-
 # --- The run ----------------------------------------------------------------------------------------------------------
 
 
@@ -388,7 +380,7 @@ def run(name: str, part: str, kind: str, args: argparse.Namespace, ready: Callab
         found = under_trainer(make, batch, args.devices, args, ready)
         if args.devices > 1:  # and each of them by itself, all at the same time, a moment later
             with ProcessPoolExecutor(args.devices, multiprocessing.get_context("spawn")) as pool:
-                found["alone"] = list(pool.map(functools.partial(alone, name, args), range(args.devices)))
+                found["alone"] = list(pool.map(functools.partial(alone, name, kind, args), range(args.devices)))
         return found
     peers = part.startswith("peers")
     with plain_operators() if peers else contextlib.nullcontext():
@@ -397,6 +389,13 @@ def run(name: str, part: str, kind: str, args: argparse.Namespace, ready: Callab
         if args.profile and args.device == "cuda":
             found["kernels"] = kernels(step)
     return found
+
+
+def alone(name: str, kind: str, args: argparse.Namespace, device: int) -> dict:
+    """The part ``trainer`` on one of several devices; for a process of its own."""
+    if args.device == "cuda":
+        torch.cuda.set_device(device)
+    return run(name, "trainer", kind, argparse.Namespace(**vars(args) | {"devices": 1}))
 
 
 def tried(*measurement: Any) -> dict:

@@ -80,10 +80,8 @@ def test_costs_are_the_recorded_runs():
     small = steps["edm2_s"]
     two = small["trainer_2_devices"]["scd"]
     each = " and ".join(f"{found['ms']:.1f}" for found in two["alone"])
-    said = (
-        f"took {two['ms']:.1f} ms for a step of sCD-S with {two['batch']} images each, where each by itself, under the"
-    )
-    said += f" same Trainer and at the same time as the other, took {each}: together they do"
+    said = f"took {two['ms']:.1f} ms for a step of sCD-S with {two['batch']} images each, where each by itself, under"
+    said += f" the same Trainer and at the same time as the other, took {each}: together they do"
     assert f"{said} {100 * small['scaling_efficiency_2']:.1f} % of the images" in " ".join(page.split())
     text = f"{small['scd_over_diffusion']:.2f} (sCD) and {small['sct_over_diffusion']:.2f} (sCT) diffusion steps"
     peers = f"sCD the peers' way {small['peers_scd_ms'] / small['diffusion_ms']:.2f} "

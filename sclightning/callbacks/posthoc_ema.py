@@ -58,8 +58,10 @@ class PostHocEMA(L.Callback):
             FileExistsError: If the folder has the snapshots of another run.
         """
         if self.folder is None:
-            folders = [callback.dirpath for callback in trainer.checkpoint_callbacks if hasattr(callback, "dirpath")]
-            self.folder = str(Path([*folders, trainer.log_dir or trainer.default_root_dir][0]) / "posthoc_ema")
+            beside = (
+                getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.log_dir or trainer.default_root_dir
+            )
+            self.folder = str(Path(beside) / "posthoc_ema")
         if not self._resumed and any(Path(self.folder).glob("*.safetensors")):
             raise FileExistsError(
                 f"{self.folder} has snapshots of an earlier run; move them away, give PostHocEMA another folder, or "

@@ -41,7 +41,7 @@ constexpr auto kernel() {
   }
 }
 
-/// Divides the work over at most ``blocks`` blocks and launches.
+/// Divides the work over at most ``blocks`` blocks, or one for each small head, and launches.
 template <class Element, class L>
 const char* run(Parameters& p, int64_t heads, int blocks, float scale, bool bf16, void* stream) {
   p.query_blocks = (p.queries + L::QUERIES - 1) / L::QUERIES;
