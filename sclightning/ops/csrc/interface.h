@@ -12,7 +12,7 @@ struct SclightningAttention {
   int64_t strides[7][3];   // of b, h and n: q, k, v, tq, tk, tv, and o with its tangent
   int32_t B, H, queries, keys, D;
   int32_t bf16;            // or fp16
-  int32_t blocks;          // of the grid at most: the multiprocessors of the device
+  int32_t blocks;          // multiprocessors to work on at most
   float scale;             // positive
 };
 

@@ -28,6 +28,7 @@ struct Layout {
   static constexpr bool COSINE = COSINE_, SMALL = SMALL_;
   static constexpr int FIRST = COSINE ? 2 : 1;  // warpgroup that computes
   static constexpr int THREADS = SMALL ? WARPGROUP : (FIRST + 2) * WARPGROUP;
+  static constexpr int BLOCKS = SMALL ? 4 : 1;  // on a multiprocessor
   static constexpr int WIDTH = WIDTH_;
   static constexpr int PANEL = PANEL_;
   static constexpr int SPLIT = SPLIT_;        // warpgroups that share the columns of the values
@@ -596,58 +597,70 @@ __global__ void __launch_bounds__(L::THREADS, 1) jvp_attention_kernel(const __gr
 #endif
 }
 
-/// One warpgroup for one head of up to ROWS queries and keys: there is nothing to pipeline in it, so several of these blocks
-/// share a multiprocessor, and one copies while others multiply.
+/// One warpgroup for one head of up to ROWS queries and keys at a time: there is nothing to pipeline in a head, so several of
+/// these blocks share a multiprocessor, and while one waits for its copies another multiplies. Each begins the copies of its
+/// next head as soon as the tiles are free.
 template <class Element, class L>
-__global__ void __launch_bounds__(WARPGROUP, 4) jvp_attention_small_kernel(const __grid_constant__ Parameters p) {
+__global__ void __launch_bounds__(L::THREADS, L::BLOCKS) jvp_attention_small_kernel(const __grid_constant__ Parameters p) {
 #if SCLIGHTNING_HOPPER
   const Shared<L> shared{shared_base()};
-  const int head = block_index();
+  const auto copy = [&](uint32_t full, uint32_t to, const CUtensorMap& x, const CUtensorMap& tx, int head, int which) {
+    barrier_arrive_expect(full, 2 * L::TILE);
+    load_pair<L>(to, x, tx, full, 0, p, head, which);
+  };
+  const auto copy_scores = [&](int head) {
+    copy(shared.q_full(), shared.q(0), p.q, p.tq, head, 0);
+    copy(shared.k_full(0), shared.k(0), p.k, p.tk, head, 1);
+  };
+  const auto copy_values = [&](int head) { copy(shared.v_full(0), shared.v(0), p.v, p.tv, head, 2); };
   if (thread_index() == 0) {
     for (uint32_t full : {shared.q_full(), shared.k_full(0), shared.v_full(0)}) barrier_init(full, 1);
     barrier_init_fence();
-    const auto copy = [&](uint32_t full, uint32_t to, const CUtensorMap& x, const CUtensorMap& tx, int which) {
-      barrier_arrive_expect(full, 2 * L::TILE);
-      load_pair<L>(to, x, tx, full, 0, p, head, which);
-    };
-    copy(shared.q_full(), shared.q(0), p.q, p.tq, 0);
-    copy(shared.k_full(0), shared.k(0), p.k, p.tk, 1);
-    copy(shared.v_full(0), shared.v(0), p.v, p.tv, 2);
+    copy_scores(block_index());
+    copy_values(block_index());
   }
   sync_threads();
-  float s[32], ts[32], m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, r[2] = {0, 0}, alpha[2];
-  if constexpr (L::COSINE) {  // of the values too before there are scores, whose registers the norm has
+  uint32_t parity = 0;
+  for (int head = block_index(); head < p.items; head += grid_size(), parity ^= 1) {
+    const bool copies_next = thread_index() == 0 && head + grid_size() < p.items;
+    float s[32], ts[32], m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, r[2] = {0, 0}, alpha[2];
+    if constexpr (L::COSINE) {  // of the values too before there are scores, whose registers the norm has
 #pragma unroll 1
-    for (int i = 0; i < 3; ++i) {  // queries, keys, values: tiles and barriers lie alike
-      barrier_wait(shared.q_full() + i * (shared.k_full(0) - shared.q_full()), 0);
-      normalise<Element, L>(p, shared.q(0) + 2 * i * L::TILE);
+      for (int i = 0; i < 3; ++i) {  // queries, keys, values: tiles and barriers lie alike
+        barrier_wait(shared.q_full() + i * (shared.k_full(0) - shared.q_full()), parity);
+        normalise<Element, L>(p, shared.q(0) + 2 * i * L::TILE);
+      }
+      sync_threads();
+    } else {
+      barrier_wait(shared.q_full(), parity);
+      barrier_wait(shared.k_full(0), parity);
     }
-    sync_threads();
-  } else {
-    barrier_wait(shared.q_full(), 0);
-    barrier_wait(shared.k_full(0), 0);
-  }
-  wgmma_fence();
-  multiply_tiles<Element, L>(s, shared.q(0), shared.k(0), false);
-  multiply_tiles<Element, L>(ts, shared.tq(0), shared.k(0), false);
-  multiply_tiles<Element, L>(ts, shared.q(0), shared.tk(0), true);
-  wgmma_commit();
-  if constexpr (!L::COSINE) barrier_wait(shared.v_full(0), 0);
-  wgmma_wait<0>();
-  hold(s), hold(ts);
+    wgmma_fence();
+    multiply_tiles<Element, L>(s, shared.q(0), shared.k(0), false);
+    multiply_tiles<Element, L>(ts, shared.tq(0), shared.k(0), false);
+    multiply_tiles<Element, L>(ts, shared.q(0), shared.tk(0), true);
+    wgmma_commit();
+    if constexpr (!L::COSINE) barrier_wait(shared.v_full(0), parity);
+    wgmma_wait<0>();
+    hold(s), hold(ts);
+    sync_threads();  // each warp waited for its own products
+    if (copies_next) copy_scores(head + grid_size());
 
-  uint32_t weights[4][4], h[4][4];
-  weigh<Element>(p, s, p.keys, m, l, r, alpha, weights);
-  weigh_tangents<Element>(p, s, ts, r, h);
-  float o[L::N / 2], t[L::N / 2];
-  wgmma_fence();
-  multiply_registers<Element, L>(o, weights, shared.v(0), 0, false);
-  multiply_registers<Element, L>(t, weights, shared.tv(0), 0, false);
-  multiply_registers<Element, L>(t, h, shared.v(0), 0);
-  wgmma_commit();
-  wgmma_wait<0>();
-  hold(o), hold(t);
-  store<Element, L>(p, o, t, m, l, r, head, 0, 0);
+    uint32_t weights[4][4], h[4][4];
+    weigh<Element>(p, s, p.keys, m, l, r, alpha, weights);
+    weigh_tangents<Element>(p, s, ts, r, h);
+    float o[L::N / 2], t[L::N / 2];
+    wgmma_fence();
+    multiply_registers<Element, L>(o, weights, shared.v(0), 0, false);
+    multiply_registers<Element, L>(t, weights, shared.tv(0), 0, false);
+    multiply_registers<Element, L>(t, h, shared.v(0), 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    hold(o), hold(t);
+    sync_threads();
+    if (copies_next) copy_values(head + grid_size());
+    store<Element, L>(p, o, t, m, l, r, head, 0, 0);
+  }
 #else
   __trap();
 #endif

@@ -1,6 +1,7 @@
 // Host side of the kernels for one element type: tensor maps, the division of work, the launch.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "jvp_attention.cuh"
@@ -41,7 +42,7 @@ constexpr auto kernel() {
   }
 }
 
-/// Divides the work over at most ``blocks`` blocks, or one for each small head, and launches.
+/// Divides the work over at most ``blocks`` multiprocessors and launches.
 template <class Element, class L>
 const char* run(Parameters& p, int64_t heads, int blocks, float scale, bool bf16, void* stream) {
   p.query_blocks = (p.queries + L::QUERIES - 1) / L::QUERIES;
@@ -52,8 +53,8 @@ const char* run(Parameters& p, int64_t heads, int blocks, float scale, bool bf16
   p.items = heads * p.query_blocks / p.parts;
   p.scale_log2 = scale * 1.4426950408889634f;
   p.h_scale = scale * (bf16 ? 1.00281782f : 1.0f);  // 1 + 2^-8 / (2 ln 2), the mean loss of cutting off
-  if (L::SMALL || p.items < blocks) blocks = p.items;
-  const cudaError_t error = launch(kernel<Element, L>(), blocks, L::THREADS, L::BYTES, p, stream);
+  const int grid = std::min<int64_t>(p.items, int64_t(L::BLOCKS) * blocks);
+  const cudaError_t error = launch(kernel<Element, L>(), grid, L::THREADS, L::BYTES, p, stream);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
