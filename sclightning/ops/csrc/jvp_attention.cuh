@@ -47,7 +47,7 @@ struct Layout {
   // Shared memory: q and tq of each group; k, tk, v and tv of each stage; the second k; the barriers.
   static constexpr int KEYS = 2 * GROUPS * TILE;
   static constexpr int BARRIERS = KEYS + (4 * STAGES + AHEAD) * TILE;
-  static constexpr int BYTES = BARRIERS + 8 * (3 + 6 * STAGES + 4 * AHEAD);
+  static constexpr int BYTES = BARRIERS + 8 * (3 + 6 * STAGES + 6 * AHEAD);
 };
 
 using Layout64 = Layout<64, 64, 1, 6>;
@@ -86,10 +86,12 @@ struct Shared {
   __device__ uint32_t tk(int stage) const { return k(stage) + L::TILE; }
   __device__ uint32_t v(int stage) const { return k(stage) + 2 * L::TILE; }
   __device__ uint32_t tv(int stage) const { return k(stage) + 3 * L::TILE; }
-  // AHEAD: the n-th tile of k, alternately.
+  // AHEAD: the n-th tile of k, alternately; tv has barriers of its own.
   __device__ uint32_t k_ahead(int n) const { return n % 2 ? k(1) : k(0); }
   __device__ uint32_t k_ahead_full(int n) const { return k_full(1) + 16 * (n % 2); }
   __device__ uint32_t k_ahead_empty(int n) const { return k_ahead_full(n) + 8; }
+  __device__ uint32_t tv_full() const { return k_full(1) + 32; }
+  __device__ uint32_t tv_empty() const { return tv_full() + 8; }
   // Full: the copies of a tile pair have arrived. Ready: they are what is multiplied. Empty: no longer needed.
   __device__ uint32_t q_full() const { return base + L::BARRIERS; }
   __device__ uint32_t q_empty() const { return q_full() + 8; }
@@ -137,13 +139,19 @@ __device__ void copy_keys(const Parameters& p, Shared<L> shared) {
       if constexpr (L::AHEAD) {
         barrier_arrive_expect(shared.k_full(stage), L::TILE);
         load<L>(shared.tk(stage), p.tk, shared.k_full(stage), row, p, head, 1);
+        barrier_wait(shared.tv_empty(), parity ^ 1);
+        barrier_arrive_expect(shared.tv_full(), L::TILE);
+        load<L>(shared.tv(stage), p.tv, shared.tv_full(), row, p, head, 2);
+        barrier_wait(shared.v_empty(stage), parity ^ 1);
+        barrier_arrive_expect(shared.v_full(stage), L::TILE);
+        load<L>(shared.v(stage), p.v, shared.v_full(stage), row, p, head, 2);
       } else {
         barrier_arrive_expect(shared.k_full(stage), 2 * L::TILE);
         load_pair<L>(shared.k(stage), p.k, p.tk, shared.k_full(stage), row, p, head, 1);
+        barrier_wait(shared.v_empty(stage), parity ^ 1);
+        barrier_arrive_expect(shared.v_full(stage), 2 * L::TILE);
+        load_pair<L>(shared.v(stage), p.v, p.tv, shared.v_full(stage), row, p, head, 2);
       }
-      barrier_wait(shared.v_empty(stage), parity ^ 1);
-      barrier_arrive_expect(shared.v_full(stage), 2 * L::TILE);
-      load_pair<L>(shared.v(stage), p.v, p.tv, shared.v_full(stage), row, p, head, 2);
     }
   }
 }
@@ -520,6 +528,7 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
         }
 
         barrier_wait(shared.v_ready(stage), parity);
+        if (L::AHEAD) barrier_wait(shared.tv_full(), parity);
         hold(o), hold(t);
         wgmma_fence();
         multiply_registers<Element, L>(o, weights, shared.v(stage), panel);
@@ -534,6 +543,11 @@ __device__ void compute(const Parameters& p, Shared<L> shared, int warpgroup) {
         }
         uint32_t h[4][4];
         weigh_tangents<Element>(p, s, ts, r, h);
+        if constexpr (L::AHEAD) {  // tv is needed no longer, v is
+          wgmma_wait<0>();
+          hold(o), hold(t);
+          if (lane == 0) barrier_arrive(shared.tv_empty());
+        }
         wgmma_fence();
         multiply_registers<Element, L>(t, h, shared.v(stage), panel);
         wgmma_commit();
@@ -573,7 +587,10 @@ __global__ void __launch_bounds__(L::THREADS, 1) jvp_attention_kernel(const __gr
       init(shared.k_full(stage), shared.k_ready(stage), shared.k_empty(stage));
       init(shared.v_full(stage), shared.v_ready(stage), shared.v_empty(stage));
     }
-    for (int n = 0; L::AHEAD && n < 2; ++n) init(shared.k_ahead_full(n), 0, shared.k_ahead_empty(n));
+    if constexpr (L::AHEAD) {
+      for (int n = 0; n < 2; ++n) init(shared.k_ahead_full(n), 0, shared.k_ahead_empty(n));
+      init(shared.tv_full(), 0, shared.tv_empty());
+    }
     barrier_init_fence();
   }
   sync_threads();
