@@ -34,6 +34,7 @@ import lightning as L
 import numpy as np
 import torch
 from dit import DiT
+from lightning.pytorch.strategies import DDPStrategy
 from provenance import commit
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -341,7 +342,7 @@ def under_trainer(
         trainer = L.Trainer(
             accelerator="gpu" if args.device == "cuda" else "cpu",
             devices=[torch.cuda.current_device()] if args.device == "cuda" and devices == 1 else devices,
-            strategy="ddp" if devices > 1 else "auto",
+            strategy=DDPStrategy(gradient_as_bucket_view=True, bucket_cap_mb=100) if devices > 1 else "auto",
             precision={torch.float16: "16-mixed", torch.bfloat16: "bf16-mixed"}[args.dtype],
             max_steps=last,
             default_root_dir=folder,
