@@ -77,7 +77,8 @@ def sclightning(*command: Any, device: str | None = None) -> None:
     if device is None:
         subprocess.run(process, check=True)
         return
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": device}
+    # One thread each: those of a copy spin for milliseconds after it, on the cores of the other models.
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": device, "OMP_NUM_THREADS": "1"}
     with Path(command[2]).with_suffix(".log").open("a") as log:
         subprocess.run(process, check=True, env=env, stdout=log, stderr=subprocess.STDOUT)
 
