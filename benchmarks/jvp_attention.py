@@ -16,6 +16,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import naive
 import torch
 import triton
 from provenance import commit
@@ -79,18 +80,6 @@ def floor_ms(B: int, H: int, N: int, D: int, dtype: torch.dtype, machine: dict[s
     return max(flops / machine[f"matmul_{str(dtype)[6:]}_tflop_s"] / 1e9, nbytes / machine["copy_tb_s"] / 1e9)
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention from three PyTorch operators."""
-    return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1) @ v
-
-
-def naive_cosine(qkv: Tensor) -> Tensor:
-    """EDM2's attention on (B, H, D, 3, N) from PyTorch operators."""
-    q, k, v = reference.pixel_norm(qkv, 2, 1e-4).unbind(3)
-    weights = torch.softmax(torch.einsum("bhdn,bhdm->bhnm", q, k * q.shape[2] ** -0.5), -1)
-    return torch.einsum("bhnm,bhdm->bhdn", weights, v)
-
-
 def extra_megabytes(f: Callable) -> float:
     """Peak memory of a call above what was allocated before it."""
     torch.cuda.synchronize()
@@ -110,7 +99,7 @@ def peers_of_attention(x: tuple[Tensor, ...], t: tuple[Tensor, ...]) -> dict[str
 
         return f
 
-    peers = {"naive torch.func.jvp": lambda: torch.func.jvp(naive, x, t)}
+    peers = {"naive torch.func.jvp": lambda: torch.func.jvp(naive.attention, x, t)}
     try:
         from jvp_flash_attention.jvp_attention import JVPAttn
     except ImportError:
@@ -186,11 +175,11 @@ def cosine(machine: dict) -> list[dict]:
         B, H, N, D = shape
         # Not halves of one tensor: PyTorch copies a tangent whose storage offset is not its primal's.
         x, t = (torch.randn(B, H, D, 3, N, device="cuda").half() for _ in range(2))
-        exact = torch.func.jvp(naive_cosine, (x[:2].double(),), (t[:2].double(),))[1]
+        exact = torch.func.jvp(naive.cosine_attention, (x[:2].double(),), (t[:2].double(),))[1]
         torch._dynamo.reset()
-        compiled = torch.compile(lambda x, t: torch.func.jvp(naive_cosine, (x,), (t,)))
+        compiled = torch.compile(lambda x, t: torch.func.jvp(naive.cosine_attention, (x,), (t,)))
         peers = {
-            "naive torch.func.jvp": lambda x=x, t=t: torch.func.jvp(naive_cosine, (x,), (t,)),
+            "naive torch.func.jvp": lambda x=x, t=t: torch.func.jvp(naive.cosine_attention, (x,), (t,)),
             "torch.compile(naive torch.func.jvp)": lambda x=x, t=t, compiled=compiled: compiled(x, t),
         }
         ours = lambda x=x, t=t: torch.func.jvp(cosine_attention, (x,), (t,))  # noqa: E731
@@ -234,7 +223,7 @@ def block(machine: dict) -> list[dict]:
         x, tx = (torch.randn(B, N, 1152, device="cuda").bfloat16() for _ in range(2))
         c, tc = (torch.randn(B, 1152, device="cuda").bfloat16() for _ in range(2))
         row = {"shape": [B, N, 1152], "op": "DiT-XL/2 block, forward and JVP", "dtype": "bfloat16"}
-        for name, layer, attend in (("ours", Linear, jvp_attention), ("naive", nn.Linear, naive)):
+        for name, layer, attend in (("ours", Linear, jvp_attention), ("naive", nn.Linear, naive.attention)):
             net = Block(layer, attend).cuda().bfloat16()
             f = lambda net=net: torch.func.jvp(net, (x, c), (tx, tc))  # noqa: B023, E731
             row[f"{name}_ms"], row[f"{name}_extra_mb"] = median_ms(f), extra_megabytes(f)

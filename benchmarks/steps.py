@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from unittest import mock
 
+import naive
 import torch
 from dit import DiT
 from torch import Tensor, nn
@@ -21,7 +22,6 @@ from sclightning.backbones import EDM2, DDPMpp
 from sclightning.modules import ConsistencyDistillation, ConsistencyTraining, TrigFlowDiffusion
 from sclightning.modules.base import TrigFlowModule
 from sclightning.objective import normalize, tangent, weighted_loss
-from sclightning.ops import reference
 from sclightning.trigflow import interpolate
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # maker and images a step
@@ -30,7 +30,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # maker and images
     "dit_xl": (lambda: DiT(num_classes=1000), 64),
     "edm2_m": (lambda: EDM2(channels=256, num_classes=1000), 32),
 }
-TINY: dict[str, tuple[Callable[[], nn.Module], int]] = {  # to try this script without a GPU
+TINY: dict[str, tuple[Callable[[], nn.Module], int]] = {  # to try it without a GPU
     "edm2_s": (lambda: EDM2(channels=16, channel_mult=[1] * 3, num_blocks=1, head_channels=16, num_classes=1000), 2),
     "ddpmpp": (lambda: DDPMpp(resolution=8, channels=16, channel_mult=[1], num_blocks=1, dropout=0.13), 2),
     "dit_xl": (lambda: DiT(num_classes=1000, hidden=32, depth=2, heads=4), 2),
@@ -128,16 +128,6 @@ def peers_loss(module: TrigFlowModule, kind: str, x_0: Tensor, z: Tensor, t: Ten
     return weighted_loss(F.float() - F_minus - g, module.adaptive_weight(t))
 
 
-def naive_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-    return torch.softmax(q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale), -1) @ v
-
-
-def naive_cosine_attention(qkv: Tensor) -> Tensor:
-    q, k, v = reference.pixel_norm(qkv, 2, 1e-4).unbind(3)
-    weights = torch.softmax(torch.einsum("bhdn,bhdm->bhnm", q, k * q.shape[2] ** -0.5), -1)
-    return torch.einsum("bhnm,bhdm->bhdn", weights, v)
-
-
 @contextlib.contextmanager
 def plain_operators() -> Iterator[None]:
     """The networks with PyTorch's own linear layers and convolutions and with naive attention."""
@@ -147,9 +137,9 @@ def plain_operators() -> Iterator[None]:
             ("sclightning.ops.dual.conv2d", nnF.conv2d),
             ("sclightning.backbones.layers.linear", nnF.linear),
             ("sclightning.backbones.layers.conv2d", nnF.conv2d),
-            ("sclightning.backbones.edm2.cosine_attention", naive_cosine_attention),
-            ("sclightning.backbones.ddpmpp.jvp_attention", naive_attention),
-            ("dit.jvp_attention", naive_attention),
+            ("sclightning.backbones.edm2.cosine_attention", naive.cosine_attention),
+            ("sclightning.backbones.ddpmpp.jvp_attention", naive.attention),
+            ("dit.jvp_attention", naive.attention),
         ):
             stack.enter_context(mock.patch(name, operator))
         yield

@@ -210,7 +210,8 @@ def usable(trial: Callable, device: torch.device, dtype: torch.dtype, D: int) ->
 
 
 _agrees: dict[tuple, bool] = {}
-TRIAL_BLOCKS = (1, 16)  # of 6 heads; their keys stay in shared memory, or are streamed
+TRIAL_HEADS = 6  # more than four, which one multiprocessor has at a time if they are small
+TRIAL_BLOCKS = (1, 16)  # multiprocessors: the keys of a head stay in shared memory, or are streamed
 TRIAL_LENGTHS = ((150, 200), (60, 48))  # queries and keys; the second are for the kernel of small heads
 
 
@@ -218,8 +219,8 @@ def trial(library: ctypes.CDLL, device: torch.device, dtype: torch.dtype, D: int
     """Relative errors of small launches against the formula in float64, of the lengths that are taken."""
     generator = torch.Generator(device).manual_seed(0)  # the user's random numbers stay as they are
     for queries, keys in (lengths for lengths in TRIAL_LENGTHS if lengths[1] >= FEWEST_KEYS[D]):
-        q, tq = torch.randn(2, 1, 6, queries, D, generator=generator, device=device).to(dtype)
-        k, v, tk, tv = torch.randn(4, 1, 6, keys, D, generator=generator, device=device).to(dtype)
+        q, tq = torch.randn(2, 1, TRIAL_HEADS, queries, D, generator=generator, device=device).to(dtype)
+        k, v, tk, tv = torch.randn(4, 1, TRIAL_HEADS, keys, D, generator=generator, device=device).to(dtype)
         exact = reference.attention_jvp(*(x.double() for x in (q, k, v, tq, tk, tv)), D**-0.5)
         for blocks in TRIAL_BLOCKS:
             found = [torch.full_like(x, torch.nan) for x in (q, q, q[..., 0].float())]
@@ -232,12 +233,12 @@ def cosine_trial(library: ctypes.CDLL, device: torch.device, dtype: torch.dtype,
     generator = torch.Generator(device).manual_seed(0)
     for N in (keys for _, keys in TRIAL_LENGTHS if keys >= FEWEST_POSITIONS[D]):
         lengths = torch.logspace(-1, 1, N, device=device)
-        x, tx = (torch.randn(2, 1, 6, D, 3, N, generator=generator, device=device) * lengths).to(dtype)
+        x, tx = (torch.randn(2, 1, TRIAL_HEADS, D, 3, N, generator=generator, device=device) * lengths).to(dtype)
         y = (a.transpose(2, 4).unbind(3) for a in reference.pixel_norm_jvp(x.double(), tx.double(), 2, 1e-4))
         o, to, lse = reference.attention_jvp(*(a for triple in y for a in triple), D**-0.5)
         for blocks in TRIAL_BLOCKS:
-            found = [torch.full((1, 6, D, N), torch.nan, dtype=dtype, device=device) for _ in range(2)]
-            found.append(torch.full((1, 6, N), torch.nan, device=device))
+            found = [torch.full((1, TRIAL_HEADS, D, N), torch.nan, dtype=dtype, device=device) for _ in range(2)]
+            found.append(torch.full((1, TRIAL_HEADS, N), torch.nan, device=device))
             launch_cosine(library, x, tx, *found, D**-0.5, 1e-4, blocks)
             yield from map(_error, found, (o.mT, to.mT, lse))
 
