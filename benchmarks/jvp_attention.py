@@ -10,6 +10,8 @@ With --only, what is not asked for stays in the file as it was.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import statistics
@@ -247,6 +249,8 @@ def main() -> None:
     report = json.loads(options.out.read_text()) if options.only and options.out.exists() else {}
     report |= {"device": torch.cuda.get_device_name(), "commit": commit(), "limits": machine}
     report["versions"] = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
+    if importlib.util.find_spec("jvp_flash_attention"):
+        report["versions"]["jvp-flash-attention"] = importlib.metadata.version("jvp-flash-attention")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for name, run in (("attention", attention), ("cosine", cosine), ("block", block)):
         if name in only:
