@@ -14,7 +14,7 @@ DEVICES ?= 1
 fashion: $(VENV)/installed
 	$(PYTHON) benchmarks/fashion_mnist.py --budget $(BUDGET) --seeds $(SEEDS) --devices $(DEVICES)
 
-SCALE ?= small
+SCALE ?= medium
 JOBS ?= 1
 FIGURES := fig4 fig5a fig5b fig5c fig6 fig7 ablations
 .PHONY: $(FIGURES)

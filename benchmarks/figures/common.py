@@ -1,6 +1,6 @@
 """What the figures share: cached runs of our modules, distances in a small classifier's features, JSON and plots.
 
-A run is a config (``benchmarks/figures/{small,medium}/*.yaml`` or ``configs/fashion_mnist/*.yaml``) with some of its
+A run is a config (``benchmarks/figures/medium/*.yaml`` or ``configs/fashion_mnist/*.yaml``) with some of its
 values changed. Its folder in runs/figures is named after all of its values, so that figures share runs, a
 teacher above all, and a figure that was interrupted goes on where it was.
 """
@@ -46,8 +46,7 @@ import classifier  # noqa: E402
 import provenance  # noqa: E402
 
 RUNS, RESULTS, PLOTS = Path("runs/figures"), ROOT / "benchmarks/results/figures", ROOT / "docs/figures"
-CONFIGS = {name: ROOT / "benchmarks/figures" / name for name in ("small", "medium")}
-CONFIGS["full"] = ROOT / "configs/fashion_mnist"
+CONFIGS = {"medium": ROOT / "benchmarks/figures/medium", "full": ROOT / "configs/fashion_mnist"}
 DISTANCE = classifier.DISTANCE
 LENGTH = 1.0
 """Steps of every run as a fraction of its config's."""
@@ -58,7 +57,7 @@ PARTS = 4
 
 
 class SmallFashionMNIST(FashionMNISTDataModule):
-    """Fashion-MNIST averaged over blocks of 4x4 pixels: 8x8 images that one CPU core can train on."""
+    """Fashion-MNIST averaged over blocks of 4x4 pixels: 8x8 images."""
 
     name = "fashion-mnist-8x8"
     image_shape = (1, 8, 8)
@@ -374,7 +373,7 @@ def main(
         rows: Table of the main numbers, in Markdown.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=CONFIGS, default="small")
+    parser.add_argument("--scale", choices=CONFIGS, default="medium")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the students")
     parser.add_argument("--plot", action="store_true", help="redraw from the JSON, without training")
     parser.add_argument("--length", type=float, default=1.0, help="of every run, as a fraction of its config's steps")
@@ -396,7 +395,7 @@ def main(
     plot(result, figure)
     figure.supxlabel(result["label"], fontsize=6, color="grey")
     PLOTS.mkdir(parents=True, exist_ok=True)
-    suffix = "" if args.scale == "small" else f"_{args.scale}"
+    suffix = "" if args.scale == "medium" else f"_{args.scale}"
     figure.savefig(PLOTS / f"{name}{suffix}.png")
     print(f"{result['label']}, in {path}", *rows(result), sep="\n")
 

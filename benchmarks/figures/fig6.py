@@ -10,7 +10,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 SIZES = {
-    "small": [{"channels": 4}, {"channels": 8}, {"channels": 16}],
     "medium": [{"channels": 8}, {"channels": 16}, {"channels": 32}],
     "full": [{"channels": 32, "head_channels": 32}, {"channels": 64}, {"channels": 96, "head_channels": 96}],
 }
