@@ -55,7 +55,7 @@ def tiny(script, tmp_path, monkeypatch):
     (tmp_path / "backbone.yaml").write_text(yaml.safe_dump({"class_path": "DDPMpp", "init_args": NET}))
     for kind in ("teacher", "scd", "sct"):
         config = yaml.safe_load((ROOT / f"benchmarks/figures/medium/{kind}.yaml").read_text())
-        del config["model"]["init_args"]["compile"]
+        config["model"]["init_args"]["compile"] = False
         config["model"]["init_args"] |= {"sigma_data": 0.58}
         config["model"]["init_args"]["lr_scheduler"]["init_args"]["total_steps"] = 4
         config["model"]["init_args"] |= {"steps": 3} if kind == "teacher" else {}

@@ -120,6 +120,8 @@ def fit(
         changes = {"model.class_path": changes.pop("model.init_args.class_path")} | changes
     changes |= {"seed_everything": seed, "model.init_args.seed": seed, "data.init_args.seed": seed}
     changes["trainer.logger"] = False  # its folder has the hash in its name
+    if not torch.cuda.is_available():
+        changes["model.init_args.compile"] = False  # on a CPU it takes longer than a run
     if LENGTH != 1:
         steps = round(LENGTH * read(kind, scale)["trainer"]["max_steps"])
         changes |= {"trainer.max_steps": steps, "model.init_args.lr_scheduler.init_args.total_steps": steps}
