@@ -384,20 +384,21 @@ def main(
     global LENGTH, JOBS
     LENGTH, JOBS = args.length, args.jobs
     path = RESULTS / f"{name}.json"
+    key = args.scale if args.length == 1 else f"{args.scale}_{args.length:g}"
     if not args.plot:
         made = {**compute(args.scale, args.seeds), "length": args.length, **machine()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(RUNS / f"{name}.lock"):  # another scale may be made at the same time
             results = json.loads(path.read_text()) if path.is_file() else {}
-            path.write_text(json.dumps(rounded(results | {args.scale: made}), indent=2) + "\n")
-    result = json.loads(path.read_text())[args.scale]
+            path.write_text(json.dumps(rounded(results | {key: made}), indent=2) + "\n")
+    result = json.loads(path.read_text())[key]
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False})
     figure = Figure(layout="constrained", dpi=110)
     plot(result, figure)
     figure.supxlabel(result["label"], fontsize=6, color="grey")
     PLOTS.mkdir(parents=True, exist_ok=True)
-    suffix = "" if args.scale == "medium" else f"_{args.scale}"
+    suffix = "" if key == "medium" else f"_{key}"
     figure.savefig(PLOTS / f"{name}{suffix}.png")
     print(f"{result['label']}, in {path}", *rows(result), sep="\n")
 
