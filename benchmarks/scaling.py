@@ -32,7 +32,7 @@ class Cluster:
     """Time of the eager step over the compiled one's, measured on an H100."""
     half_batch: float = 1.0
     """Images a device at which the step runs at half of its speed; assumed."""
-    hbm: float = 4.29
+    hbm: float = 4.27
     """Memory bandwidth of a device in TB/s, measured."""
     memory: float = 141.0
     """Memory of a device in GB."""
