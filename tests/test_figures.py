@@ -107,6 +107,9 @@ def test_fig4_end_to_end(script, tiny, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fig4.py", "--scale", "tiny", "--plot", "--jobs", "3"])
     common.main("fig4", fig4.__doc__, fig4.compute, fig4.plot, fig4.rows)
     assert (tiny / "plots/fig4_tiny.png").is_file() and common.JOBS == 3
+    monkeypatch.setattr(sys, "argv", ["fig4.py", "--scale", "tiny", "--plot", "--length", "0.5"])
+    with pytest.raises(KeyError, match=r"tiny_0\.5"):  # another length has a result of its own
+        common.main("fig4", fig4.__doc__, fig4.compute, fig4.plot, fig4.rows)
 
 
 def test_length_is_a_fraction_of_the_configs_steps(script, tiny, monkeypatch):
